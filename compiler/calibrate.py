@@ -1,0 +1,337 @@
+"""Calibration data from many sources, streamed through a graph for the statistics that passes ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import onnx_ir as ir
+from tokenizers import Tokenizer
+
+from scalefold.compiler.errors import CalibrationError
+from scalefold.compiler.protocol import Requests
+from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
+from scalefold.compiler.schemes import Float
+from scalefold.compiler.stats import Statistic
+
+TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+DEFAULT_ORIGIN = "English text of the Python installation (language reference and standard-library docstrings)"
+MODULES_WITH_PROSE = (
+    "argparse", "asyncio", "collections", "csv", "datetime", "decimal", "difflib", "email", "fractions", "heapq",
+    "imaplib", "json", "locale", "logging", "mailbox", "optparse", "pickle", "random", "sched", "shutil", "statistics",
+    "string", "subprocess", "tarfile", "textwrap", "threading", "turtle", "unittest", "urllib.request", "zipfile",
+)  # fmt: skip
+
+
+@runtime_checkable
+class DataReader(Protocol):
+    """onnxruntime's CalibrationDataReader: `get_next` gives a feed, or None at the end."""
+
+    def get_next(self) -> Mapping[str, Array] | None:
+        """The next feed, or None."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration set that can be read more than once.
+
+    Attributes:
+        feeds: opens a fresh iterator over the feeds.
+        count: number of feeds.
+        origin: where the samples come from, for people.
+    """
+
+    feeds: Callable[[], Iterator[Feed]]
+    count: int
+    origin: str
+
+    def digest(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of every feed."""
+        digest = hashlib.sha256()
+        for feed in self.feeds():
+            for name in sorted(feed):
+                array = np.ascontiguousarray(feed[name])
+                digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+                digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def head(self, count: int) -> list[Feed]:
+        """`count` feeds, evenly spaced over the set."""
+        chosen = set(np.linspace(0, self.count - 1, min(count, self.count)).astype(int).tolist())
+        return [feed for index, feed in enumerate(self.feeds()) if index in chosen]
+
+
+class TextEncoder:
+    """Turns text into the feeds of a model whose inputs are token ids.
+
+    Args:
+        tokenizer_file: a `tokenizer.json` of the `tokenizers` library.
+        model: its inputs say which of the ids, masks and positions are wanted.
+        max_length: tokens per sample, special tokens included.
+    """
+
+    def __init__(self, tokenizer_file: Path, model: ir.Model, max_length: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self._names = list(inputs_of(model))
+        unknown = sorted(set(self._names) - TEXT_INPUTS)
+        if unknown:
+            raise CalibrationError(
+                f"text cannot fill the model's inputs {', '.join(unknown)}",
+                where="calibration",
+                remedy="give feeds instead: .npz, JSON lines with one key per input, or a data reader",
+            )
+
+    def __call__(self, text: str) -> Feed:
+        """The feed of one text: int64 arrays of shape [1, tokens]."""
+        encoding = self._tokenizer.encode(text)
+        every = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+            "position_ids": list(range(len(encoding.ids))),
+        }
+        return {name: np.asarray([every[name]], dtype=np.int64) for name in self._names}
+
+
+def default_texts() -> list[str]:
+    """Paragraphs and single sentences of English that every Python installation carries, in a fixed order."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    documents = [topics[key] for key in sorted(topics)]
+    for name in MODULES_WITH_PROSE:
+        module = importlib.import_module(name)
+        members = [member for _, member in inspect.getmembers(module, inspect.isclass) if member.__module__ == name]
+        documents += [inspect.getdoc(entry) or "" for entry in (module, *members)]
+    texts: dict[str, None] = {}
+    for document in documents:
+        for paragraph in re.split(r"\n\s*\n", document):
+            flat = " ".join(paragraph.split())
+            if _is_prose(flat):
+                texts[flat] = None
+                for sentence in re.split(r"(?<=[.!?]) +(?=[A-Z])", flat):
+                    if _is_prose(sentence):
+                        texts[sentence] = None
+    return list(texts)
+
+
+def _is_prose(text: str) -> bool:
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return len(text) >= 30 and letters >= 0.85 * len(text) and text[0].isupper()
+
+
+def calibration_from(
+    source: object, model: ir.Model, *, tokenizer_file: Path | None, samples: int, max_length: int
+) -> Calibration:
+    """Open a calibration source.
+
+    Args:
+        source: None for the default text; a path to text, JSON lines or `.npz`; an object with `get_next`; or an
+            iterable of feeds or of texts.
+        model: the graph to be fed; its inputs are what feeds must hold.
+        tokenizer_file: a `tokenizer.json`, needed for text.
+        samples: how many samples to take, evenly spaced where the source's length is known.
+        max_length: tokens per sample of text.
+
+    Raises:
+        CalibrationError: the source is empty, unreadable, or does not fit the model.
+    """
+    if source is None:
+        return _from_texts(default_texts(), DEFAULT_ORIGIN, model, tokenizer_file, samples, max_length)
+    if isinstance(source, str | Path):
+        return _from_file(Path(source), model, tokenizer_file, samples, max_length)
+    if isinstance(source, DataReader):
+        return _spooled(iter(source.get_next, None), f"data reader {type(source).__name__}", model, samples)
+    if isinstance(source, Iterable):
+        if isinstance(source, Sequence) and source and all(isinstance(entry, str) for entry in source):
+            return _from_texts(list(source), "texts", model, tokenizer_file, samples, max_length)
+        return _spooled(iter(source), "feeds", model, samples)
+    raise CalibrationError(
+        f"a {type(source).__name__} is not calibration data",
+        where="calibration",
+        remedy="give a path, texts, feeds, or an object with get_next()",
+    )
+
+
+def _from_file(
+    path: Path, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
+) -> Calibration:
+    if not path.is_file():
+        raise CalibrationError("there is no such file", where=str(path), remedy="check the path of --calibration")
+    try:
+        if path.suffix == ".npz":
+            return _spooled(_npz_feeds(path), str(path), model, samples)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".jsonl", ".ndjson"):
+            return _from_json_lines(path, text, model, tokenizer_file, samples, max_length)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"it cannot be read ({' '.join(str(error).split())})",
+            where=str(path),
+            remedy="give UTF-8 text, JSON lines, or an .npz with one array per input",
+        ) from error
+    lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 4]
+    return _from_texts(lines, str(path), model, tokenizer_file, samples, max_length)
+
+
+def _from_json_lines(
+    path: Path, text: str, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
+) -> Calibration:
+    entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if all(isinstance(entry, dict) and isinstance(entry.get("text"), str) for entry in entries):
+        texts = [entry["text"] for entry in entries]
+        return _from_texts(texts, str(path), model, tokenizer_file, samples, max_length)
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("every line must be an object with a text, or with one key per input")
+    inputs = inputs_of(model)
+    feeds = ({name: _typed(values, inputs.get(name)) for name, values in entry.items()} for entry in entries)
+    return _spooled(feeds, str(path), model, samples)
+
+
+def _typed(values: object, value: ir.Value | None) -> Array:
+    dtype = value.dtype.numpy() if value is not None and value.dtype is not None else None
+    array = np.asarray(values, dtype=dtype)
+    missing = len(value.shape) - array.ndim if value is not None and value.shape is not None else 0
+    return array.reshape((1,) * max(missing, 0) + array.shape)
+
+
+def _npz_feeds(path: Path, batch: int = 8) -> Iterator[Feed]:
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"the arrays hold different numbers of samples: {sorted(lengths)}")
+    for start in range(0, max(lengths, default=0), batch):
+        yield {name: array[start : start + batch] for name, array in arrays.items()}
+
+
+def _from_texts(
+    texts: list[str], origin: str, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
+) -> Calibration:
+    if tokenizer_file is None:
+        raise CalibrationError(
+            "text needs a tokenizer and there is no tokenizer.json beside the model",
+            where="calibration",
+            remedy="put tokenizer.json beside the model, or give feeds with --calibration feeds.npz",
+        )
+    if not texts:
+        raise _empty(origin)
+    encode = TextEncoder(tokenizer_file, model, max_length)
+    chosen = [texts[index] for index in np.linspace(0, len(texts) - 1, min(samples, len(texts))).astype(int)]
+    return Calibration(lambda: (encode(text) for text in chosen), len(chosen), origin)
+
+
+def _spooled(feeds: Iterator[Mapping[str, Array]], origin: str, model: ir.Model, samples: int) -> Calibration:
+    """Feeds that can be read only once, checked and kept on disk so that memory does not grow with their number."""
+    folder = tempfile.TemporaryDirectory(prefix="scalefold-calibration-")
+    inputs = inputs_of(model)
+    count = 0
+    for feed in feeds:
+        if count == samples:
+            break
+        _check_feed(feed, inputs, f"sample {count} of {origin}")
+        np.savez(Path(folder.name) / f"{count}.npz", **{name: np.asarray(feed[name]) for name in inputs})
+        count += 1
+    if not count:
+        raise _empty(origin)
+
+    def read() -> Iterator[Feed]:
+        for index in range(count):
+            with np.load(Path(folder.name) / f"{index}.npz") as archive:
+                yield {name: archive[name] for name in archive.files}
+
+    return Calibration(read, count, origin)
+
+
+def _empty(origin: str) -> CalibrationError:
+    return CalibrationError("it holds no samples", where=origin, remedy="give at least one; 32 to 128 serve well")
+
+
+def _check_feed(feed: object, inputs: Mapping[str, ir.Value], where: str) -> None:
+    if not isinstance(feed, Mapping):
+        raise CalibrationError(
+            f"it is a {type(feed).__name__}, not a mapping of input names to arrays",
+            where=where,
+            remedy="give feeds such as {'input_ids': array, ...}",
+        )
+    takes = ", ".join(inputs)
+    if unknown := [name for name in feed if name not in inputs]:
+        raise CalibrationError(
+            f"the model does not take {', '.join(map(str, unknown))}", where=where, remedy=f"it takes {takes}"
+        )
+    if missing := [name for name in inputs if name not in feed]:
+        raise CalibrationError(f"it lacks {', '.join(missing)}", where=where, remedy=f"the model takes {takes}")
+    for name, values in feed.items():
+        array = np.asarray(values)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise CalibrationError(
+                f"{name} holds NaN or infinity", where=where, remedy="remove the sample or mend what made it"
+            )
+
+
+def rows_of(activation: Array, mask: Array | None) -> Float:
+    """The tokens of an activation as rows, padding left out.
+
+    Args:
+        activation: float32 [..., channels].
+        mask: [batch, length] of the feed, 0 where a token is padding, or None.
+
+    Returns:
+        float32 [tokens, channels].
+    """
+    if mask is not None and activation.ndim == mask.ndim + 1 and activation.shape[:-1] == mask.shape:
+        return np.asarray(activation[mask != 0], dtype=np.float32)
+    return np.asarray(activation.reshape(-1, activation.shape[-1]), dtype=np.float32)
+
+
+def padding_mask(feed: Feed) -> Array | None:
+    """The feed's attention mask when it is of shape [batch, length]."""
+    mask = feed.get("attention_mask")
+    return mask if mask is not None and mask.ndim == 2 else None
+
+
+def collect(
+    model: ir.Model, requests: Requests, feeds: Iterable[Feed], advance: Callable[[], None] = lambda: None
+) -> dict[str, Statistic]:
+    """Stream feeds through a graph once and gather the statistics asked for.
+
+    One feed's activations are in memory at a time.
+
+    Args:
+        model: the graph, run in float by onnxruntime.
+        requests: for each value name a factory of an empty statistic.
+        feeds: the samples.
+        advance: called after each sample.
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite.
+    """
+    session = Session(model, outputs=list(requests))
+    gathered = {name: factory() for name, factory in requests.items()}
+    for sample, feed in enumerate(feeds):
+        mask = padding_mask(feed)
+        for name, activation in session.run(feed).items():
+            rows = rows_of(activation, mask)
+            if not np.isfinite(rows).all():
+                raise CalibrationError(
+                    f"the activation {name} becomes NaN or infinite",
+                    where=f"calibration sample {sample}",
+                    remedy="check the sample, and that the float model itself gives finite outputs on it",
+                )
+            gathered[name].update(rows, sample)
+        advance()
+    return gathered
+
+
+def stream(calibration: Calibration) -> Callable[[ir.Model, Requests, Callable[[], None]], dict[str, Any]]:
+    """`collect` bound to a calibration set."""
+    return lambda model, requests, advance: collect(model, requests, calibration.feeds(), advance)

@@ -1,0 +1,157 @@
+"""onnxruntime sessions over in-memory graphs, without a second copy of the weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from scalefold.compiler import graph
+from scalefold.compiler.errors import GraphError
+
+Array = npt.NDArray[Any]
+Feed = Mapping[str, Array]
+
+INLINE_BYTES = 1024
+"""Initializers larger than this are handed to onnxruntime by reference instead of through protobuf."""
+
+
+class Session:
+    """An onnxruntime session whose outputs come back by name.
+
+    Args:
+        source: a graph, or the path of a model file.
+        outputs: names of extra values of the graph to return; all of the graph's own outputs when None.
+        optimize: False runs the graph as it is written, without onnxruntime's fusions.
+        threads: intra-op threads; 0 lets onnxruntime choose.
+    """
+
+    def __init__(
+        self,
+        source: ir.Model | Path,
+        *,
+        outputs: Sequence[str] | None = None,
+        optimize: bool = True,
+        threads: int = 0,
+    ) -> None:
+        options = session_options(optimize=optimize, threads=threads)
+        self._arrays: list[Any] = []
+        try:
+            if isinstance(source, Path):
+                self._session = onnxruntime.InferenceSession(
+                    str(source), options, providers=["CPUExecutionProvider"]
+                )
+            else:
+                payload, external = serialize(source, outputs)
+                self._arrays = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
+                if external:
+                    options.add_external_initializers(list(external), self._arrays)
+                self._session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises one private class per status code
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise GraphError(
+                f"onnxruntime {onnxruntime.__version__} cannot load the graph ({_first_line(error)})",
+                where=str(source) if isinstance(source, Path) else "the graph",
+                remedy="check that its operators and opset are ones this onnxruntime has",
+            ) from error
+        self.inputs: dict[str, str] = {entry.name: entry.type for entry in self._session.get_inputs()}
+        self.outputs: list[str] = list(outputs) if outputs is not None else [
+            entry.name for entry in self._session.get_outputs()
+        ]
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """Run one feed; inputs that the graph does not take are left out."""
+        feeds = {name: feed[name] for name in self.inputs if name in feed}
+        return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+
+
+def session_options(*, optimize: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
+    """Quiet options that do not spin threads between runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[bytes, dict[str, Array]]:
+    """A model as protobuf bytes and the arrays of its large initializers, which the bytes only name.
+
+    Args:
+        model: left as it was.
+        outputs: names of the values that become the graph's outputs; the graph's own when None. What they do not need
+            is left out.
+    """
+    if outputs is not None:
+        work = ir.convenience.extract(model.graph, list(model.graph.inputs), list(outputs))
+        keep = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
+        return serialize(keep)
+    copy = model.clone()
+    external: dict[str, Array] = {}
+    for name, value in copy.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8:
+            continue
+        external[name] = np.asarray(tensor.numpy())
+        value.const_value = ir.ExternalTensor(
+            "by-reference", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+        )
+    proto = ir.to_proto(copy)
+    assert isinstance(proto, onnx.ModelProto)
+    return proto.SerializeToString(), external
+
+
+def run_all(session: Session, feeds: Iterable[Feed], advance: Callable[[], None]) -> list[dict[str, Array]]:
+    """Run every feed and keep the outputs: for the few feeds of a search, never for a whole calibration set."""
+    results = []
+    for feed in feeds:
+        results.append(session.run(feed))
+        advance()
+    return results
+
+
+def optimized_graph(path: Path) -> ir.Model:
+    """The graph that onnxruntime makes of a model file at its default settings, on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimized.onnx"
+        options = session_options()
+        options.optimized_model_filepath = str(target)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimized.onnx.data"
+        )
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # Weights are not read: only the structure matters here, and the folder goes away.
+        return ir.from_proto(onnx.load(str(target), load_external_data=False))
+
+
+def inputs_of(model: ir.Model) -> dict[str, ir.Value]:
+    """The inputs that a caller must feed, by name."""
+    return {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+
+
+def unsupported_ops(model: ir.Model) -> list[str]:
+    """Domain-qualified op types that belong to no operator set known to onnx or onnxruntime."""
+    known = {"", "ai.onnx", "ai.onnx.ml", graph.MICROSOFT}
+    functions = {(key[0], key[1]) for key in model.functions}
+    return sorted(
+        {
+            f"{node.domain}::{node.op_type}"
+            for node in model.graph
+            if node.domain not in known and (node.domain, node.op_type) not in functions
+        }
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300].rstrip(". ")

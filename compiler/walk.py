@@ -1,0 +1,159 @@
+"""Running a graph piece by piece over a few feeds, so that each layer sees the work of the layers before it.
+
+A search needs the activations at one layer as they are when every earlier layer is quantized already. Running the whole
+graph for each layer costs the square of the depth; a walk runs every node once and keeps only the values that nodes
+still to come will read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from scalefold.compiler import graph
+from scalefold.compiler.runtime import Array, Feed, Session
+
+
+class Walk:
+    """A run of a graph over a few feeds, advanced value by value.
+
+    The graph may be edited on the way as long as what has been run already is left alone, or its values are set anew.
+
+    Args:
+        model: the graph.
+        feeds: the samples; all their live values are held, so keep them few.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Feed]) -> None:
+        self._model = model
+        self._count = len(feeds)
+        self._done: set[ir.Node] = set()
+        self._live: dict[ir.Value, list[Array]] = {
+            value: [feed[value.name or ""] for feed in feeds]
+            for value in model.graph.inputs
+            if all(value.name in feed for feed in feeds)
+        }
+        self._seen_by: dict[tuple[ir.Value, ir.Node], ir.Value] = {}
+        self._weights: dict[ir.Value, Array] = {}
+
+    def value(self, wanted: ir.Value) -> list[Array]:
+        """The arrays of a value, one per feed; runs what is still missing for it."""
+        if wanted not in self._live:
+            pending = graph.ancestors(wanted, lambda value: value in self._live)
+            self._run([node for node in self._model.graph if node in pending])
+        return self._live[wanted]
+
+    def set_value(self, value: ir.Value, arrays: list[Array]) -> None:
+        """What every later reader of `value` sees."""
+        self._live[value] = arrays
+
+    def set_input(self, node: ir.Node, value: ir.Value, arrays: list[Array]) -> None:
+        """What `node` alone sees in place of `value`."""
+        stand_in = ir.Value(name=f"{value.name}.for.{node.name}", type=value.type)
+        self._seen_by[value, node] = stand_in
+        self._live[stand_in] = arrays
+
+    def set_weight(self, initializer: ir.Value, array: Array) -> None:
+        """What the walk uses in place of a constant; the graph itself keeps its own."""
+        self._weights[initializer] = array
+
+    def piece(
+        self, selected: Sequence[ir.Node], free: Sequence[ir.Value], end: ir.Value
+    ) -> tuple[Session, list[dict[str, Array]]]:
+        """A session of some nodes, to be run again and again with other arrays for its free values.
+
+        Args:
+            selected: the nodes, in graph order.
+            free: activations or initializers that the caller feeds, under their own names.
+            end: the output.
+
+        Returns:
+            the session, and for each feed the arrays of its other inputs.
+        """
+        inside = {out for node in selected for out in node.outputs}
+        outer = {
+            entry
+            for node in selected
+            for entry in node.inputs
+            if entry is not None and entry not in inside and entry not in free and not entry.is_initializer()
+        }
+        given = {entry.name or "": self.value(entry) for entry in outer}
+        piece, _ = self._extract(selected, set(free), [end], redirect=False)
+        return Session(piece), [
+            {name: arrays[index] for name, arrays in given.items()} for index in range(self._count)
+        ]
+
+    def _run(self, pending: list[ir.Node]) -> None:
+        if not pending:
+            return
+        chosen = set(pending)
+        self._done |= chosen
+        wanted = [
+            out
+            for node in pending
+            for out in node.outputs
+            if out.name and (out.is_graph_output() or any(use.node not in self._done for use in out.uses()))
+        ]
+        piece, inputs = self._extract(pending, set(), wanted, redirect=True)
+        session = Session(piece)
+        results = [
+            session.run({name: self._live[value][index] for name, value in inputs.items()})
+            for index in range(self._count)
+        ]
+        for value in wanted:
+            self._live[value] = [result[value.name or ""] for result in results]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the values that no node still to come reads."""
+        for (value, node), stand_in in list(self._seen_by.items()):
+            if node in self._done:
+                del self._live[stand_in], self._seen_by[value, node]
+        kept = set(self._seen_by.values())
+        for value in list(self._live):
+            if value not in kept and not value.is_graph_output() and value.uses():
+                if all(use.node in self._done for use in value.uses()):
+                    del self._live[value]
+
+    def _extract(
+        self, selected: Sequence[ir.Node], free: set[ir.Value], outputs: Sequence[ir.Value], *, redirect: bool
+    ) -> tuple[ir.Model, Mapping[str, ir.Value]]:
+        """The selected nodes as a model of their own, and its inputs by name."""
+        copies: dict[ir.Value, ir.Value] = {}
+        inputs: dict[str, ir.Value] = {}
+        constants: list[ir.Value] = []
+
+        def copy_of(value: ir.Value | None, node: ir.Node) -> ir.Value | None:
+            if value is None:
+                return None
+            source = self._seen_by.get((value, node), value) if redirect else value
+            if source not in copies:
+                copies[source] = copied = ir.Value(name=source.name, type=source.type)
+                if source.is_initializer() and source not in free:
+                    array = self._weights.get(source)
+                    copied.const_value = source.const_value if array is None else ir.tensor(array, name=source.name)
+                    copied.shape = source.shape
+                    constants.append(copied)
+                else:
+                    inputs[source.name or ""] = source
+            return copies[source]
+
+        nodes = []
+        for node in selected:
+            entries = [copy_of(entry, node) for entry in node.inputs]
+            outs = [ir.Value(name=out.name, type=out.type) for out in node.outputs]
+            copies.update(zip(node.outputs, outs, strict=True))
+            nodes.append(
+                ir.Node(node.domain, node.op_type, entries, list(node.attributes.values()), outputs=outs, name=node.name)
+            )
+        piece = ir.Graph(
+            [copies[value] for value in inputs.values()],
+            [copies[value] for value in outputs],
+            nodes=nodes,
+            initializers=constants,
+            opset_imports=dict(self._model.graph.opset_imports),
+            name="piece",
+        )
+        model = ir.Model(piece, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
+        return model, inputs
