@@ -64,6 +64,23 @@ class Calibration:
                 digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def split(self, held: int) -> tuple[Calibration, Calibration]:
+        """A set to calibrate with and one of `held` samples to compare on, evenly spaced.
+
+        When that would leave fewer than twice as many to calibrate with, both are the whole set.
+        """
+        if self.count < 3 * held:
+            return self, self
+        apart = frozenset(np.linspace(1, self.count - 2, held).astype(int).tolist())
+
+        def part(wanted: bool) -> Iterator[Feed]:
+            return (feed for index, feed in enumerate(self.feeds()) if (index in apart) == wanted)
+
+        return (
+            Calibration(lambda: part(False), self.count - held, self.origin),
+            Calibration(lambda: part(True), held, self.origin),
+        )
+
     def head(self, count: int) -> list[Feed]:
         """`count` feeds, evenly spaced over the set."""
         chosen = set(np.linspace(0, self.count - 1, min(count, self.count)).astype(int).tolist())
@@ -331,7 +348,3 @@ def collect(
         advance()
     return gathered
 
-
-def stream(calibration: Calibration) -> Callable[[ir.Model, Requests, Callable[[], None]], dict[str, Any]]:
-    """`collect` bound to a calibration set."""
-    return lambda model, requests, advance: collect(model, requests, calibration.feeds(), advance)

@@ -101,6 +101,23 @@ class Pass(Protocol):
         """Edit `model` in place and say what was done."""
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes of a recipe, by stage.
+
+    Attributes:
+        normalize: bring any graph into normal form; the function stays.
+        transform: tame activations; the function stays.
+        quantize: round weights and activations, in QDQ form.
+        lower: write what the target runs; the function stays.
+    """
+
+    normalize: tuple[Pass, ...]
+    transform: tuple[Pass, ...]
+    quantize: tuple[Pass, ...]
+    lower: tuple[Pass, ...]
+
+
 def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> frozenset[str]:
     """The names that any of the regular expressions is found in.
 

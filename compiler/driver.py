@@ -1,0 +1,442 @@
+"""The compiler: from a source to a folder with a quantized model and the proof of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from scalefold.compiler import artifact, calibrate, graph, verify
+from scalefold.compiler.calibrate import Calibration
+from scalefold.compiler.errors import CalibrationError, GraphError, RecipeError, SourceError
+from scalefold.compiler.export import export_model
+from scalefold.compiler.intake import clean, read_onnx
+from scalefold.compiler.protocol import Context, Pass, PassResult, Pipeline, Progress, Requests, missing_facts, silent
+from scalefold.compiler.recipe import Recipe, Target, load_recipe
+from scalefold.compiler.runtime import Array, Feed, Session, unsupported_ops
+from scalefold.compiler.stats import Statistic
+
+HELD_OUT = 16
+"""Samples kept out of calibration, on which the result is compared with float."""
+
+TOOLS = ("scalefold", "numpy", "onnx", "onnx-ir", "onnx-graphsurgeon", "onnxruntime", "tokenizers")
+SIDECARS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did, for the record."""
+
+    name: str
+    contract: str
+    rewrites: tuple[dict[str, Any], ...]
+    declined: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer of the result.
+
+    Attributes:
+        name: the layer.
+        shape: (K, N) of the weight.
+        kernel: the operator onnxruntime runs it with on this machine.
+        integer: whether that is a fast integer kernel.
+        sqnr_db: output of the layer in the quantized graph against float, on held-out samples; None when not measured.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kernel: str
+    integer: bool
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What `compile_model` did and measured.
+
+    Attributes:
+        output: the folder; None after a dry run.
+        recipe: the recipe's name.
+        source: what was compiled.
+        target: what it was compiled for.
+        layers: every linear layer.
+        outputs: the outputs against float, on held-out samples.
+        calibration: origin, number and digest of the samples.
+        held_out: where the samples of the comparison come from.
+        passes: what every pass did and declined.
+        notes: remarks a user should read.
+        float_bytes: size of the float ONNX model.
+        bytes: size of the compiled model; an estimate after a dry run.
+        load_seconds: time onnxruntime takes to open it; not part of the record.
+        seconds: time of each stage; not part of the record.
+        peak_bytes: peak resident memory of this process; not part of the record.
+    """
+
+    output: Path | None
+    recipe: str
+    source: str
+    target: str
+    layers: tuple[LayerReport, ...]
+    outputs: tuple[verify.Fidelity, ...]
+    calibration: dict[str, Any]
+    held_out: str
+    passes: tuple[PassRecord, ...]
+    notes: tuple[str, ...]
+    float_bytes: int
+    bytes: int
+    load_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    @property
+    def integer_layers(self) -> int:
+        """How many linear layers run on integer kernels."""
+        return sum(layer.integer for layer in self.layers)
+
+
+@dataclass
+class _Source:
+    """A model that has been opened: its float graph, and the files that travel with it."""
+
+    name: str
+    folder: Path
+    model: ir.Model
+    manifest: dict[str, Any] | None
+    notes: list[str]
+    bytes: int
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        path = self.folder / "tokenizer.json"
+        return path if path.is_file() else None
+
+
+def compile_model(
+    source: object,
+    output: str | Path | None,
+    *,
+    recipe: str | Path | Recipe = "w8a8",
+    calibration: object = None,
+    samples: int | None = None,
+    task: str | None = None,
+    target: Target | None = None,
+    exclude: Sequence[str] = (),
+    allow_float: Sequence[str] = (),
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> CompileReport:
+    """Compile a model to a folder that onnxruntime and transformers load.
+
+    Args:
+        source: a hub id, a folder, a transformers model, an `.onnx` file, or the name of a reference model.
+        output: the folder to write; may be None for a dry run. An earlier result there is replaced whole.
+        recipe: a named recipe, a YAML file, or a `Recipe`.
+        calibration: see `calibrate.calibration_from`; None takes text of the Python installation.
+        samples: overrides the recipe's number of samples.
+        task: for Hugging Face models; found from the config when None.
+        target: overrides the recipe's.
+        exclude: regular expressions of layers to leave in float, besides the recipe's.
+        allow_float: regular expressions of layers that may miss their integer kernel.
+        dry_run: only open the model, and say what would be done.
+        progress: opens progress bars.
+
+    Raises:
+        ScalefoldError: one sentence that says what is wrong, where, and what would help.
+    """
+    plan = _with_overrides(load_recipe(recipe), samples, target, exclude)
+    pipeline = _pipeline(plan)
+    place = None if output is None or dry_run else Path(output).absolute()
+    if place is not None:
+        artifact.check_output(place)
+    elif not dry_run:
+        raise SourceError("there is no output folder", where="output", remedy="give one, or ask for a dry run")
+    with _scratch(place) as scratch:
+        clock = _Clock()
+        opened = _open(source, scratch / "float", task, clock, progress)
+        run = _Run(plan, opened, progress, clock)
+        run.apply(pipeline.normalize)
+        _require_layers(opened)
+        if dry_run:
+            return run.estimate()
+        run.calibrate(calibration)
+        run.apply(pipeline.transform)
+        run.apply(pipeline.quantize)
+        run.compare_layers()
+        run.apply(pipeline.lower)
+        return run.write(scratch / "result", place, allow_float)
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class _Run:
+    """One compilation, from the opened source to the written folder."""
+
+    def __init__(self, recipe: Recipe, source: _Source, progress: Progress, clock: _Clock) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.original = source.model.clone()
+        self.progress = progress
+        self.clock = clock
+        self.context = Context(progress=progress)
+        self.records: list[PassRecord] = []
+        self.calibration: dict[str, Any] = {}
+        self.held_out: list[Feed] = []
+        self.held_origin = ""
+        self.layer_sqnr: dict[str, float] = {}
+
+    def apply(self, passes: Sequence[Pass]) -> None:
+        """Run passes in order, each only on a graph that has the facts it requires."""
+        for entry in passes:
+            if missing := next(missing_facts(entry, self.source.model), None):
+                raise GraphError(
+                    f"pass {entry.name} needs a graph in which {missing.value}",
+                    where=self.source.name,
+                    remedy="put the passes that provide it before, or exclude fewer layers",
+                )
+            with self.clock.stage(entry.name):
+                result = entry.run(self.source.model, self.context)
+            self.records.append(_record(entry, result))
+
+    def calibrate(self, given: object) -> None:
+        """Open the calibration data, and set some of it apart for the comparison with float."""
+        options = self.recipe.calibration
+        whole = calibrate.calibration_from(
+            given,
+            self.source.model,
+            tokenizer_file=self.source.tokenizer_file,
+            samples=options.samples + HELD_OUT,
+            max_length=options.max_length,
+        )
+        used, held = whole.split(HELD_OUT)
+        self.held_out = held.head(HELD_OUT)
+        self.held_origin = f"{held.count} samples of {whole.origin}"
+        self.held_origin += ", held out" if held is not whole else ", which were calibrated on: too few to hold any out"
+        self.calibration = {"origin": used.origin, "samples": used.count, "digest": used.digest()}
+        self.context = _context(used, options.search_samples, self.original, self.progress)
+
+    def compare_layers(self) -> None:
+        """Measure each layer's output against float, while values still have the float graph's names."""
+        with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
+            self.layer_sqnr = verify.layer_sqnr(self.original, self.source.model, self.held_out)
+            advance()
+
+    def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
+        """Save the model, verify the saved file, add the record, and put the folder in its place."""
+        assert place is not None
+        stage.mkdir()
+        with self.clock.stage("write"):
+            artifact.save_model(self.source.model, stage)
+            self._add_sidecars(stage)
+        with self.clock.stage("verify"), self.progress("verifying", 3) as advance:
+            kernels = verify.layer_kernels(stage / artifact.MODEL)
+            advance()
+            verify.require_integer_kernels(kernels, allow_float)
+            outputs = verify.fidelity(Session(self.original), Session(stage / artifact.MODEL), self.held_out)
+            advance()
+            load_seconds = verify.load_seconds(stage / artifact.MODEL)
+            advance()
+        layers = tuple(
+            LayerReport(entry.name, entry.shape, entry.kernel, entry.integer, self.layer_sqnr.get(entry.name))
+            for entry in kernels
+        )
+        report = self._report(place, layers, tuple(outputs), artifact.size_of(stage), load_seconds)
+        artifact.write_json(stage / artifact.RECORD, self._content(report))
+        artifact.publish(stage, place)
+        return report
+
+    def estimate(self) -> CompileReport:
+        """What a dry run says: the layers, and the size to expect."""
+        layers = graph.linear_layers(self.source.model)
+        saved = sum(4 * k * n - k * n - 4 * n for k, n in (layer.shape for layer in layers))
+        if self.recipe.embeddings is not None:
+            tables = {node.inputs[0] for node in graph.nodes(self.source.model, "Gather")}
+            sizes = [table.const_value.nbytes for table in tables if table and graph.rank(table) == 2 and table.const_value]
+            saved += sum(size * 3 // 4 for size in sizes)
+        planned = tuple(LayerReport(layer.name, layer.shape, "planned", False, None) for layer in layers)
+        return self._report(None, planned, (), self.source.bytes - saved, 0.0)
+
+    def _report(
+        self,
+        place: Path | None,
+        layers: tuple[LayerReport, ...],
+        outputs: tuple[verify.Fidelity, ...],
+        size: int,
+        load_seconds: float,
+    ) -> CompileReport:
+        return CompileReport(
+            output=place,
+            recipe=self.recipe.name,
+            source=self.source.name,
+            target=self.recipe.target,
+            layers=layers,
+            outputs=outputs,
+            calibration=self.calibration,
+            held_out=self.held_origin,
+            passes=tuple(self.records),
+            notes=tuple(self.source.notes),
+            float_bytes=self.source.bytes,
+            bytes=size,
+            load_seconds=load_seconds,
+            seconds=self.clock.seconds,
+            peak_bytes=peak_memory(),
+        )
+
+    def _content(self, report: CompileReport) -> dict[str, Any]:
+        """The record: everything that is the same in every run with the same inputs."""
+        content = asdict(report)
+        for name in ("output", "load_seconds", "seconds", "peak_bytes"):
+            del content[name]
+        return {"schema_version": 1, **content, "recipe": self.recipe.model_dump(mode="json"), "tools": _versions()}
+
+    def _add_sidecars(self, stage: Path) -> None:
+        for name in SIDECARS:
+            if (self.source.folder / name).is_file():
+                shutil.copyfile(self.source.folder / name, stage / name)
+        manifest = self.source.manifest or artifact.manifest(self.source.model)
+        artifact.write_json(stage / artifact.MANIFEST, manifest)
+
+
+def _with_overrides(recipe: Recipe, samples: int | None, target: Target | None, exclude: Sequence[str]) -> Recipe:
+    changes: dict[str, Any] = {"exclude": (*recipe.exclude, *exclude)}
+    if target is not None:
+        changes["target"] = target
+    if samples is not None:
+        if samples < 1:
+            raise CalibrationError(f"{samples} samples are too few", where="--samples", remedy="give at least 1")
+        changes["calibration"] = recipe.calibration.model_copy(update={"samples": samples})
+    return recipe.model_copy(update=changes)
+
+
+def _pipeline(recipe: Recipe) -> Pipeline:
+    """Find the function that the recipe names, by `module:function`."""
+    module, _, name = recipe.pipeline.partition(":")
+    try:
+        built = getattr(importlib.import_module(module), name)(recipe)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise RecipeError([f"pipeline: {recipe.pipeline!r} cannot be used ({error})"], where=recipe.name) from error
+    if not isinstance(built, Pipeline):
+        raise RecipeError([f"pipeline: {recipe.pipeline!r} does not return a Pipeline"], where=recipe.name)
+    return built
+
+
+@contextmanager
+def _scratch(place: Path | None) -> Iterator[Path]:
+    if place is None:
+        with tempfile.TemporaryDirectory(prefix="scalefold-") as folder:
+            yield Path(folder)
+    else:
+        with artifact.staged(place) as folder:
+            yield folder
+
+
+def _open(source: object, folder: Path, task: str | None, clock: _Clock, progress: Progress) -> _Source:
+    if isinstance(source, str) and source in reference_models():
+        source = importlib.import_module(f"scalefold.models.{source}").build()
+    if isinstance(source, str | Path) and (str(source).endswith(".onnx") or Path(source).is_file()):
+        with clock.stage("intake"):
+            path = Path(source)
+            model = clean(read_onnx(path), str(path))
+            return _opened(str(path), path, model, None)
+    with clock.stage("export"), progress("exporting", 1) as advance:
+        export_model(source, folder, task)
+        advance()
+    manifest = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
+    return _opened(name, folder / artifact.MODEL, read_onnx(folder / artifact.MODEL), manifest)
+
+
+def _opened(name: str, path: Path, model: ir.Model, manifest: dict[str, Any] | None) -> _Source:
+    unknown = unsupported_ops(model)
+    if unknown:
+        notes = [f"operators unknown to onnxruntime's CPU are passed around: {', '.join(unknown)}"]
+    else:
+        notes = []
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    data = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    size = sum(file.stat().st_size for file in (path, *data))
+    return _Source(name, path.parent, model, manifest, notes, size)
+
+
+def _require_layers(source: _Source) -> None:
+    if not graph.linear_layers(source.model):
+        raise GraphError(
+            "the graph has no linear layer (a MatMul or Gemm with a constant float32 weight)",
+            where=source.name,
+            remedy="give a float transformer; a model that is quantized already cannot be quantized again",
+        )
+
+
+def _context(used: Calibration, search_samples: int, original: ir.Model, progress: Progress) -> Context:
+    search = used.head(search_samples)
+
+    def measure(model: ir.Model, requests: Requests) -> dict[str, Statistic]:
+        with progress("calibrating", used.count) as advance:
+            return calibrate.collect(model, requests, used.feeds(), advance)
+
+    @cache
+    def reference() -> list[dict[str, Array]]:
+        session = Session(original)
+        return [session.run(feed) for feed in search]
+
+    return Context(measure=measure, search=search, reference=reference, progress=progress)
+
+
+def _record(entry: Pass, result: PassResult) -> PassRecord:
+    def plain(events: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+        return tuple(
+            {"where": event.where, "reason": event.reason, **({"figures": dict(event.figures)} if event.figures else {})}
+            for event in events
+        )
+
+    return PassRecord(entry.name, entry.contract.name, plain(result.rewrites), plain(result.declined))
+
+
+def reference_models() -> tuple[str, ...]:
+    """The names of the reference models that ship with the package."""
+    folder = Path(importlib.import_module("scalefold.models").__file__ or "").parent
+    return tuple(path.stem for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "wheels"))
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

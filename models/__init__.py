@@ -1,0 +1,1 @@
+"""Reference models: one file each, with `build()`, `samples()` and `metric()`."""

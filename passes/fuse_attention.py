@@ -1,0 +1,268 @@
+"""Write the float attention core as one Attention operator, the form that onnxruntime's CPU runs fastest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from scalefold.compiler import graph
+from scalefold.compiler.facts import Fact
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+
+LOWEST = float(np.finfo(np.float32).min)
+NEARLY_LOWEST = -1e38
+"""A masked score that the operator does not take for `no key at all`: a row with every key masked keeps its mean."""
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """A [B, S, H*D] activation that is split into heads, and the number it is multiplied with."""
+
+    x: ir.Value
+    heads: int
+    size: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class _Core:
+    query: _Heads
+    key: _Heads
+    value: _Heads
+    mask: ir.Value | None
+    factor: float
+    guarded: bool
+    end: ir.Value
+
+
+@dataclass(frozen=True)
+class FuseAttention:
+    """Replace products, softmax and the transposes around them by Attention on three-dimensional inputs.
+
+    before:  Reshape(Transpose(MatMul(Softmax(MatMul(heads(q), heads(k)^T) * c + mask), heads(v))))
+             heads(x) = Transpose(Reshape(x, [B, S, H, D]), [0, 2, 1, 3])
+    after:   Attention(q, k, v, mask; q_num_heads = H, kv_num_heads = H, scale = c)
+
+    q, k, v and the result are [B, S, H*D]; the mask is additive, [B, 1, S, S], expanded once when it is [B, 1, 1, S]. The
+    operator gives zero for a row whose every key carries the lowest float32; that is what the exporter's Where around
+    the core does, which goes. Without such a Where the mask is raised to -1e38, so that the row stays the mean of the
+    values. Needs opset 23 (onnxruntime 1.23). Figures: docs/decisions/0004.
+    """
+
+    name: ClassVar[str] = "fuse-attention"
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.REASSOCIATED
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Fuse every attention core that matches; decline a Softmax between products that does not, with a reason."""
+        rewrites, declined = [], []
+        masks: dict[tuple[ir.Value, bool], ir.Value] = {}
+        for softmax in graph.nodes(model, "Softmax"):
+            core = _match(softmax)
+            if isinstance(core, str):
+                declined.append(Event(softmax, core))
+                continue
+            rewrites.append(Event(_fuse(model, softmax, core, masks), f"{core.query.heads} heads of {core.query.size}"))
+        if rewrites:
+            graph.sweep(model)
+            graph.require_opset(model, "", 23)
+        return PassResult(tuple(rewrites), tuple(declined))
+
+
+def _match(softmax: ir.Node) -> _Core | str:
+    weighted = graph.only_consumer(softmax.outputs[0], "MatMul")
+    scores = softmax.inputs[0]
+    if weighted is None or scores is None or graph.attribute(softmax, "axis", -1) not in (-1, 3):
+        return "no product of probabilities and values behind it"
+    product, mask, factor = _scores(scores)
+    if product is None:
+        return "no product of queries and keys in front of it"
+    query, key = _heads(product.inputs[0]), _keys(product.inputs[1])
+    value = _heads(weighted.inputs[1])
+    if query is None or key is None or value is None:
+        return "queries, keys and values are not heads of three-dimensional activations"
+    if len({(part.heads, part.size) for part in (query, key, value)}) > 1:
+        return "queries, keys and values differ in heads"
+    if mask is not None and graph.rank(mask) != 4:
+        return "the mask is not four-dimensional"
+    guard = graph.only_consumer(weighted.outputs[0], "Where")
+    if guard is not None and (mask is None or not _zeroes_unattended(guard, weighted.outputs[0], mask)):
+        return "its output is selected by a condition other than `every key is masked`"
+    end = _joined(guard.outputs[0] if guard is not None else weighted.outputs[0], query.heads * query.size)
+    if end is None:
+        return "the heads are not joined behind it"
+    return _Core(query, key, value, mask, factor * query.factor * key.factor, guard is not None, end)
+
+
+def _scores(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None, float]:
+    """(product, mask, factor) of factor * product + mask."""
+    add = graph.producer(value, "Add")
+    candidates = [(value, None)]
+    if add is not None:
+        candidates = [(add.inputs[0], add.inputs[1]), (add.inputs[1], add.inputs[0])]
+    for scaled, mask in candidates:
+        inner, factor = _unscaled(scaled)
+        product = graph.producer(inner, "MatMul")
+        if product is not None:
+            return product, mask, factor
+    return None, None, 1.0
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    node = graph.producer(value, "Mul", "Div")
+    if node is None:
+        return value, 1.0
+    number = graph.scalar(node.inputs[1])
+    if number is not None:
+        return node.inputs[0], 1.0 / number if node.op_type == "Div" else number
+    number = graph.scalar(node.inputs[0])
+    return (node.inputs[1], number) if number is not None and node.op_type == "Mul" else (value, 1.0)
+
+
+def _heads(value: ir.Value | None) -> _Heads | None:
+    """heads(x), possibly scaled."""
+    inner, factor = _unscaled(value)
+    transpose = graph.producer(inner, "Transpose")
+    if transpose is None or _permutation(transpose) != (0, 2, 1, 3):
+        return None
+    return _split(transpose.inputs[0], factor)
+
+
+def _keys(value: ir.Value | None) -> _Heads | None:
+    """heads(x) with the last two axes exchanged, by one Transpose, by two, or by way of three dimensions."""
+    inner, factor = _unscaled(value)
+    node = graph.producer(inner, "Transpose", "Reshape")
+    if node is not None and node.op_type == "Reshape":  # [B, H, S, D] -> [B*H, S, D] -> [B*H, D, S] -> [B, H, D, S]
+        swap = graph.producer(node.inputs[0], "Transpose")
+        merge = graph.producer(swap.inputs[0], "Reshape") if swap is not None else None
+        if swap is None or merge is None or _permutation(swap) != (0, 2, 1):
+            return None
+        found = _heads(merge.inputs[0])
+    elif node is not None and _permutation(node) == (0, 2, 3, 1):
+        found = _split(node.inputs[0], 1.0)
+    elif node is not None and _permutation(node) == (0, 1, 3, 2):
+        found = _heads(node.inputs[0])
+    else:
+        return None
+    return None if found is None else _Heads(found.x, found.heads, found.size, found.factor * factor)
+
+
+def _split(value: ir.Value | None, factor: float) -> _Heads | None:
+    reshape = graph.producer(value, "Reshape")
+    if reshape is None or value is None:
+        return None
+    x = reshape.inputs[0]
+    sizes = _sizes(reshape)
+    if x is None or graph.rank(x) != 3 or x.shape is None or sizes is None or x.shape[2] != sizes[0] * sizes[1]:
+        return None
+    return _Heads(x, sizes[0], sizes[1], factor)
+
+
+def _sizes(reshape: ir.Node) -> tuple[int, int] | None:
+    """(H, D) of a Reshape to [B, S, H, D], from its result's shape or from the pieces of its shape input."""
+    shape = reshape.outputs[0].shape
+    last: list[object] = list(shape[2:]) if shape is not None and len(shape) == 4 else []
+    if not all(isinstance(size, int) for size in last) or len(last) != 2:
+        array = graph.constant(reshape.inputs[1])
+        concat = graph.producer(reshape.inputs[1], "Concat")
+        if array is not None and array.size == 4:
+            last = [int(size) for size in array[2:]]
+        elif concat is not None and len(concat.inputs) == 4:
+            last = [graph.scalar(entry) for entry in concat.inputs[2:]]
+    whole = [int(size) for size in last if isinstance(size, int | float) and size > 0]
+    return (whole[0], whole[1]) if len(whole) == 2 else None
+
+
+def _permutation(transpose: ir.Node) -> tuple[int, ...]:
+    found = graph.attribute(transpose, "perm", ())
+    return tuple(found) if isinstance(found, tuple | list) else ()
+
+
+def _joined(value: ir.Value, width: int) -> ir.Value | None:
+    transpose = graph.only_consumer(value, "Transpose")
+    if transpose is None or _permutation(transpose) != (0, 2, 1, 3):
+        return None
+    reshape = graph.only_consumer(transpose.outputs[0], "Reshape")
+    out = reshape.outputs[0] if reshape is not None else None
+    return out if out is not None and out.shape is not None and len(out.shape) == 3 and out.shape[2] == width else None
+
+
+def _zeroes_unattended(guard: ir.Node, core: ir.Value, mask: ir.Value) -> bool:
+    """Whether `guard` is Where(sum(allowed) < 1, 0, core) for the mask Not(allowed) * lowest float32."""
+    condition, zero, chosen = guard.inputs
+    less = graph.producer(condition, "Less")
+    total = graph.producer(less.inputs[0], "ReduceSum") if less is not None else None
+    counted = graph.producer(total.inputs[0], "Cast") if total is not None else None
+    barred = graph.producer(_unscaled(mask)[0], "Cast")
+    negated = graph.producer(barred.inputs[0], "Not") if barred is not None else None
+    return (
+        chosen is core
+        and graph.scalar(zero) == 0.0
+        and less is not None
+        and graph.scalar(less.inputs[1]) == 1.0
+        and counted is not None
+        and negated is not None
+        and counted.inputs[0] is negated.inputs[0]
+        and _unscaled(mask)[1] == LOWEST
+    )
+
+
+def _fuse(model: ir.Model, softmax: ir.Node, core: _Core, masks: dict[tuple[ir.Value, bool], ir.Value]) -> ir.Node:
+    last = core.end.producer()
+    assert last is not None
+    inputs = [core.query.x, core.key.x, core.value.x]
+    if core.mask is not None:
+        inputs.append(_prepared(model, core, masks))
+    attributes: dict[str, int | float] = {"q_num_heads": core.query.heads, "kv_num_heads": core.query.heads}
+    if not math.isclose(core.factor, core.query.size**-0.5, rel_tol=1e-6):
+        attributes["scale"] = core.factor
+    fused = ir.node("Attention", inputs, attributes, name=f"{softmax.name or 'softmax'}.attention")
+    graph.like(fused.outputs[0], core.end)
+    graph.insert_after(last, [fused])
+    name = core.end.name
+    graph.bypass(core.end, fused.outputs[0])
+    core.end.name, fused.outputs[0].name = f"{name}_joined", name
+    return fused
+
+
+def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool], ir.Value]) -> ir.Value:
+    """The mask as the operator takes it, made once for all layers that share it."""
+    mask = core.mask
+    assert mask is not None
+    if (mask, core.guarded) in masks:
+        return masks[mask, core.guarded]
+    result, new = mask, []
+    if not core.guarded:
+        lowest = graph.add_initializer(model, "attention_mask.lowest", np.float32(NEARLY_LOWEST).reshape(()))
+        new.append(ir.node("Max", [mask, lowest], name="attention_mask.raised"))
+        result = graph.like(new[-1].outputs[0], mask)
+    if mask.shape is None or mask.shape[2] == 1:
+        one = graph.add_initializer(model, "attention_mask.one", np.ones(1, dtype=np.int64))
+        length = ir.node("Shape", [core.query.x], {"start": 1, "end": 2}, name="attention_mask.length")
+        shape = ir.node("Concat", [one, one, length.outputs[0], one], {"axis": 0}, name="attention_mask.shape")
+        expand = ir.node("Expand", [result, shape.outputs[0]], name="attention_mask.expanded")
+        new += [length, shape, expand]
+        result = expand.outputs[0]
+        result.type = mask.type
+    first = core.query.x.producer()
+    anchor = _later(mask.producer(), first)
+    if anchor is None:
+        assert isinstance(model.graph, ir.Graph)
+        model.graph.insert_before(model.graph[0], new)
+    elif new:
+        graph.insert_after(anchor, new)
+    masks[mask, core.guarded] = result
+    return result
+
+
+def _later(first: ir.Node | None, second: ir.Node | None) -> ir.Node | None:
+    """Whichever of two nodes of one graph comes later in it."""
+    if first is None or second is None:
+        return first or second
+    assert first.graph is not None
+    return next(node for node in reversed(first.graph) if node in (first, second))

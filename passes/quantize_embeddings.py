@@ -1,0 +1,86 @@
+"""Store embedding tables as integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from scalefold.compiler import graph, schemes
+from scalefold.compiler.facts import Fact
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+
+
+@dataclass(frozen=True)
+class QuantizeEmbeddings:
+    """Look up int8 rows and dequantize just those.
+
+    before:  Gather(table, ids)
+    after:   Mul(Cast(Gather(codes, ids)), Gather(scales, ids))
+
+    table and codes are [V, H], scales [V, 1]. DequantizeLinear in front of Gather would dequantize the whole table on
+    every run, and behind it has no form for a scale per looked-up row.
+
+    Attributes:
+        bits: 2 to 8, in an 8-bit container.
+        smallest: tables with fewer entries stay float: there is nothing to save.
+    """
+
+    name: ClassVar[str] = "quantize-embeddings"
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    bits: int = 8
+    smallest: int = 4096
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Quantize each table that a Gather of rows reads; decline the others with a reason."""
+        rewrites, declined = [], []
+        tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        for gather in graph.nodes(model, "Gather"):
+            table = gather.inputs[0]
+            if table is None or not table.is_initializer() or table.dtype != ir.DataType.FLOAT:
+                continue
+            if reason := self._obstacle(gather, table):
+                declined.append(Event(gather, reason))
+                continue
+            if table not in tables:
+                tables[table] = self._store(model, table)
+            self._look_up(gather, *tables[table])
+            rewrites.append(Event(gather, f"int{self.bits} per row of {table.name}"))
+        if rewrites:
+            graph.sweep(model)
+        return PassResult(tuple(rewrites), tuple(declined))
+
+    def _obstacle(self, gather: ir.Node, table: ir.Value) -> str | None:
+        if graph.rank(table) != 2 or graph.attribute(gather, "axis", 0) != 0:
+            return "not a look-up of rows"
+        if any(node.op_type != "Gather" for node in graph.consumers(table)):
+            return "the table is read by other operators too"
+        if table.const_value is not None and table.const_value.size < self.smallest:
+            return f"the table has fewer than {self.smallest} entries"
+        return None
+
+    def _store(self, model: ir.Model, table: ir.Value) -> tuple[ir.Value, ir.Value]:
+        array = np.asarray(graph.constant(table), dtype=np.float32)
+        scales = schemes.row_scales(array, self.bits)[:, None]
+        codes = schemes.weight_codes(array, scales, self.bits)
+        return (
+            graph.add_initializer(model, f"{table.name}_codes", codes),
+            graph.add_initializer(model, f"{table.name}_scales", scales),
+        )
+
+    def _look_up(self, gather: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
+        name, out, ids = gather.name or codes.name, gather.outputs[0], gather.inputs[1]
+        rows = ir.node("Gather", [codes, ids], {"axis": 0}, name=f"{name}_codes")
+        steps = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{name}_scales")
+        cast = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_cast")
+        product = ir.node("Mul", [cast.outputs[0], steps.outputs[0]], name=f"{name}_dequantized")
+        graph.like(rows.outputs[0], out, ir.DataType.INT8)
+        graph.like(cast.outputs[0], out, ir.DataType.FLOAT)
+        graph.like(product.outputs[0], out)
+        graph.insert_after(gather, [rows, steps, cast, product])
+        graph.bypass(out, product.outputs[0])
