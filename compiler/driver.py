@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import resource
@@ -10,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -224,6 +226,7 @@ class _Run:
                 )
             with self.clock.stage(entry.name):
                 result = entry.run(self.source.model, self.context)
+                _release_memory(self.original)
             self.records.append(_record(entry, result))
 
     def calibrate(self, given: object) -> None:
@@ -260,7 +263,7 @@ class _Run:
             kernels = verify.layer_kernels(stage / artifact.MODEL)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
-            outputs = verify.fidelity(Session(self.original), Session(stage / artifact.MODEL), self.held_out)
+            outputs = verify.fidelity(Session(self.original, lean=True), Session(stage / artifact.MODEL), self.held_out)
             advance()
             load_seconds = verify.load_seconds(stage / artifact.MODEL)
             advance()
@@ -408,6 +411,22 @@ def _context(used: Calibration, search_samples: int, original: ir.Model, progres
         return [session.run(feed) for feed in search]
 
     return Context(measure=measure, search=search, reference=reference, progress=progress)
+
+
+def _release_memory(original: ir.Model) -> None:
+    """Give back what a pass has read or replaced.
+
+    Graphs are full of cycles, weights that have been read stay mapped, and glibc keeps freed memory to itself.
+    """
+    gc.collect()
+    for value in original.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            with suppress(BufferError):  # still in use: it goes with the array that uses it
+                value.const_value.release()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _record(entry: Pass, result: PassResult) -> PassRecord:

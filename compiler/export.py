@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,44 +30,77 @@ ARCHITECTURE_SUFFIXES = {
 }
 
 
-def export_model(source: object, folder: Path, task: str | None = None) -> str:
+def export_model(source: object, folder: Path, task: str | None = None) -> None:
     """Export a model with dynamic batch and length, and save its config and tokenizer beside it.
 
     Writes `model.onnx`, `model.onnx.data` (the weights), `export.json` (transformers' manifest), `config.json` and, when
-    the source has one, the tokenizer's files.
+    the source has one, the tokenizer's files. The export runs in a process of its own: what it prints stays out of the
+    way, and the memory of torch is given back before anything else is done.
 
     Args:
         source: a hub id, a local folder, or a `PreTrainedModel`.
         folder: where to write; created.
         task: one of `TASKS`; found from the config's architecture when None.
 
-    Returns:
-        the task.
-
     Raises:
         SourceError: the packages are not installed, or the model cannot be found or exported.
     """
-    transformers = _require("transformers")
-    exporters = _require("transformers.exporters")
-    with _quiet(transformers):
-        model, tokenizer, task = _load(transformers, source, task)
-        model = model.eval().float()
-        inputs = _sample_inputs(model, tokenizer)
-        try:
-            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_shapes(model, inputs))
-            exported = exporters.OnnxExporter().export(model, inputs, config=config)
-        except Exception as error:  # torch.export raises errors of many kinds
+    folder.mkdir(parents=True, exist_ok=True)
+    where = str(source)
+    if not isinstance(source, str | Path):
+        where = type(source).__name__
+        if not hasattr(source, "save_pretrained") or not hasattr(source, "config"):
             raise SourceError(
-                f"the exporter of transformers {transformers.__version__} failed ({_first_line(error)})",
-                where=_describe(source),
-                remedy="export it yourself and give the .onnx file instead",
-            ) from error
-        exported.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        del exported, model
-    gc.collect()
-    return task
+                f"a {where} is not a model",
+                where="source",
+                remedy="give a hub id, a folder, an .onnx file, or a transformers model",
+            )
+        task = task or task_of(source.config)
+        source.save_pretrained(folder / "source")
+        source = folder / "source"
+    command = [sys.executable, "-m", "scalefold.compiler.export", str(source), str(folder), task or ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == SourceError.exit_code and lines:
+        what, where_in_child, remedy = json.loads(lines[-1])
+        raise SourceError(what, where=where_in_child, remedy=remedy)
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise SourceError(
+        f"the exporter's process died ({reason[:300]})",
+        where=where,
+        remedy="check the memory that is free, or export it yourself and give the .onnx file instead",
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The exporting process: source, folder and task (may be empty); an error goes to stdout as one line of JSON."""
+    source, folder, task = arguments
+    try:
+        _export(source, Path(folder), task or None)
+    except SourceError as error:
+        sys.stdout.write("\n" + json.dumps([error.what, error.where, error.remedy]) + "\n")
+        return error.exit_code
+    return 0
+
+
+def _export(source: str, folder: Path, task: str | None) -> None:
+    transformers, exporters = _require("transformers"), _require("transformers.exporters")
+    model, tokenizer = _load(transformers, source, task)
+    inputs = _sample_inputs(model, tokenizer)
+    try:
+        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_shapes(model, inputs))
+        exported = exporters.OnnxExporter().export(model, inputs, config=config)
+    except Exception as error:  # torch.export raises errors of many kinds
+        raise SourceError(
+            f"the exporter of transformers {transformers.__version__} failed ({_first_line(error)})",
+            where=source,
+            remedy="export it yourself and give the .onnx file instead",
+        ) from error
+    exported.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _require(name: str) -> Any:
@@ -84,36 +114,28 @@ def _require(name: str) -> Any:
         ) from error
 
 
-def _load(transformers: Any, source: object, task: str | None) -> tuple[Any, Any, str]:
-    if not isinstance(source, str | Path):
-        if not hasattr(source, "config"):
-            raise SourceError(
-                f"a {type(source).__name__} is not a model",
-                where="source",
-                remedy="give a hub id, a folder, an .onnx file, or a transformers model",
-            )
-        return source, None, task or _task_of(source.config)
-    name = str(source)
+def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any]:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        task = task or _task_of(config)
+        config = transformers.AutoConfig.from_pretrained(source)
+        task = task or task_of(config)
         if task not in TASKS:
             raise SourceError(f"there is no task {task!r}", where="--task", remedy=f"choose from {', '.join(TASKS)}")
-        model = getattr(transformers, TASKS[task]).from_pretrained(name)
+        model = getattr(transformers, TASKS[task]).from_pretrained(source).eval().float()
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
             f"no model can be loaded from it ({_first_line(error)})",
-            where=name,
+            where=source,
             remedy="check the spelling; give an existing folder, an .onnx file, or a hub id that can be reached",
         ) from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         tokenizer = None
-    return model, tokenizer, task
+    return model, tokenizer
 
 
-def _task_of(config: Any) -> str:
+def task_of(config: Any) -> str:
+    """The task that a config's first architecture names; feature extraction when it names none."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     for suffix, task in ARCHITECTURE_SUFFIXES.items():
         if architecture.endswith(suffix):
@@ -148,27 +170,10 @@ def _dynamic_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, di
     return {name: {0: batch, 1: length} for name in inputs}
 
 
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the exporter: stdout belongs to the caller's machine-readable output, and its warnings are not the user's."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    disabled = logging.root.manager.disable
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _describe(source: object) -> str:
-    return str(source) if isinstance(source, str | Path) else type(source).__name__
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300].rstrip(". ") if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -31,6 +31,7 @@ class Session:
         outputs: names of extra values of the graph to return; all of the graph's own outputs when None.
         optimize: False runs the graph as it is written, without onnxruntime's fusions.
         threads: intra-op threads; 0 lets onnxruntime choose.
+        lean: reads weights where they lie instead of packing a copy; slower, for a few runs of a big model.
     """
 
     def __init__(
@@ -40,19 +41,23 @@ class Session:
         outputs: Sequence[str] | None = None,
         optimize: bool = True,
         threads: int = 0,
+        lean: bool = False,
     ) -> None:
         options = session_options(optimize=optimize, threads=threads)
-        self._arrays: list[Any] = []
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             if isinstance(source, Path):
                 self._session = onnxruntime.InferenceSession(
                     str(source), options, providers=["CPUExecutionProvider"]
                 )
             else:
-                payload, external = serialize(source, outputs)
-                self._arrays = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
-                if external:
-                    options.add_external_initializers(list(external), self._arrays)
+                payload, arrays, folder = serialize(source, outputs)
+                if folder is not None:
+                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+                if arrays:  # onnxruntime copies what it needs while it opens the session
+                    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+                    options.add_external_initializers(list(arrays), values)
                 self._session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises one private class per status code
             if not type(error).__module__.startswith("onnxruntime"):
@@ -74,41 +79,54 @@ class Session:
 
 
 def session_options(*, optimize: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
-    """Quiet options that do not spin threads between runs."""
+    """Quiet options that neither spin threads between runs nor hold on to memory."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 
-def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[bytes, dict[str, Array]]:
-    """A model as protobuf bytes and the arrays of its large initializers, which the bytes only name.
+def serialize(
+    model: ir.Model, outputs: Sequence[str] | None = None
+) -> tuple[bytes, dict[str, Array], Path | None]:
+    """A model as protobuf bytes that leave large initializers out.
 
     Args:
         model: left as it was.
         outputs: names of the values that become the graph's outputs; the graph's own when None. What they do not need
             is left out.
+
+    Returns:
+        the bytes, the arrays of large initializers in memory by name, and the folder of those that stay on disk.
     """
     if outputs is not None:
         work = ir.convenience.extract(model.graph, list(model.graph.inputs), list(outputs))
         keep = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
         return serialize(keep)
     copy = model.clone()
-    external: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
+    folder: Path | None = None
     for name, value in copy.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8:
             continue
-        external[name] = np.asarray(tensor.numpy())
+        if isinstance(tensor, ir.ExternalTensor):
+            path = Path(tensor.path)
+            folder = folder or path.parent.absolute()
+            if path.parent.absolute() == folder:
+                # onnxruntime maps the file itself, and holds no copy of what it packs anew
+                continue
+        arrays[name] = np.asarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(
             "by-reference", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
         )
     proto = ir.to_proto(copy)
     assert isinstance(proto, onnx.ModelProto)
-    return proto.SerializeToString(), external
+    return proto.SerializeToString(), arrays, folder
 
 
 def run_all(session: Session, feeds: Iterable[Feed], advance: Callable[[], None]) -> list[dict[str, Array]]:

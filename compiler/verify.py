@@ -231,7 +231,7 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -
     if not outputs:
         return {}
     names = sorted(set(outputs.values()))
-    expected, actual = Session(original, outputs=names), Session(quantized, outputs=names)
+    expected, actual = Session(original, outputs=names, lean=True), Session(quantized, outputs=names, lean=True)
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for feed in feeds:
         mask = padding_mask(feed)

@@ -56,8 +56,8 @@ class ClipRanges:
             seen = ranges[value.name or ""]
             assert isinstance(seen, TokenRange)
             tokens[node] = seen
-        session = Session(_with_free_grids(model, quantizers))
         reference = ctx.reference()
+        session = Session(_with_free_grids(model, quantizers))
         ratios = [1.0 - k * self.step for k in range(round(self.largest / self.step) + 1)]
         errors = []
         with ctx.progress("clipping ranges", len(ratios)) as advance:

@@ -1,0 +1,489 @@
+"""What the benchmarks compare: how each contender quantizes a float ONNX file, and how its result is run.
+
+The benchmarks start this file as a child process for every step, so that memory and time are each contender's own:
+
+    contenders.py build NAME FOLDER          quantize; one line of JSON with what it took
+    contenders.py embed NAME FOLDER          sentence embeddings of the evaluation feeds, and the kernels that ran
+    contenders.py serve NAME FOLDER THREADS  load, then run one timed turn for each line `BATCHxLENGTH SECONDS`
+
+FOLDER is a `Workspace`. Only numpy is imported at the top: OpenVINO's children run in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCH_VENV = REPOSITORY / ".bench-venv"
+CONSTRAINTS = Path(__file__).with_name("bench-constraints.txt")
+SEQUENCE = 128
+INTEGER_MATMULS = (
+    "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits",
+)  # fmt: skip
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One model's files: the float model, the calibration samples as text and as feeds, and a folder per contender."""
+
+    folder: Path
+
+    @property
+    def float_model(self) -> Path:
+        """The one float ONNX file that every contender starts from."""
+        return self.folder / "float" / "model.onnx"
+
+    @property
+    def texts(self) -> Path:
+        """Calibration texts, one JSON object a line."""
+        return self.folder / "calibration.jsonl"
+
+    @property
+    def feeds(self) -> Path:
+        """The same texts as feeds, one sample each, without padding."""
+        return self.folder / "calibration.npz"
+
+    @property
+    def evaluation(self) -> Path:
+        """Padded batches of the sentences to embed."""
+        return self.folder / "evaluation.npz"
+
+    def output(self, contender: Contender) -> Path:
+        """The folder of a contender's result."""
+        return self.folder / contender.name
+
+    def model(self, contender: Contender) -> Path:
+        """The file that a contender is loaded from."""
+        if contender.build is keep_float:
+            return self.float_model
+        return self.output(contender) / ("model.xml" if contender.openvino else "model.onnx")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the tables.
+
+    Attributes:
+        name: what `--only` takes.
+        family: the rows of one family are the same tool at different settings.
+        settings: what was set, for people.
+        build: writes the quantized model into a folder.
+        openvino: runs on OpenVINO instead of onnxruntime.
+        timed: False leaves it out of the speed table, since it runs the same kernels as another row.
+    """
+
+    name: str
+    family: str
+    settings: str
+    build: Callable[[Workspace, Path], None]
+    openvino: bool = False
+    timed: bool = True
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one quantization took.
+
+    Attributes:
+        seconds: wall time of the child, interpreter and imports included.
+        peak_mb: peak resident memory of the child and its children.
+        size_mb: all files that the result is loaded from.
+        failure: the reason when there is no result.
+    """
+
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    size_mb: float = 0.0
+    failure: str | None = None
+
+
+class Failure(Exception):
+    """A step of a contender failed; the message is the reason for its row."""
+
+
+def save_feeds(path: Path, feeds: list[Feed]) -> None:
+    """Write feeds of any shapes into one file."""
+    arrays: dict[str, Any] = {f"{index}|{name}": feed[name] for index, feed in enumerate(feeds) for name in feed}
+    np.savez(path, **arrays)
+
+
+def read_feeds(path: Path) -> list[Feed]:
+    """Read what `save_feeds` wrote, in its order."""
+    feeds: dict[int, Feed] = {}
+    with np.load(path) as archive:
+        for key in archive.files:
+            index, name = key.split("|")
+            feeds.setdefault(int(index), {})[name] = archive[key]
+    return [feeds[index] for index in sorted(feeds)]
+
+
+# How each contender quantizes ---------------------------------------------------------------------------------------
+
+
+def keep_float(work: Workspace, out: Path) -> None:
+    """The float model itself."""
+
+
+def _dynamic(**settings: Any) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        prepared = _prepared(work, out)
+        quantize_dynamic(prepared, out / "model.onnx", weight_type=QuantType.QInt8, **settings)
+        prepared.unlink()
+
+    return build
+
+
+@dataclass
+class Reader:
+    """The calibration feeds in the form that `quantize_static` reads."""
+
+    feeds: Iterator[Feed]
+
+    def get_next(self) -> Feed | None:
+        """The next feed, or None at the end."""
+        return next(self.feeds, None)
+
+
+def _static(*, unsigned: bool = False, **settings: Any) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        from onnxruntime.quantization import QuantType, quantize_static
+
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8} if unsigned else {}
+        prepared = _prepared(work, out)
+        quantize_static(prepared, out / "model.onnx", Reader(iter(read_feeds(work.feeds))), **types, **settings)
+        prepared.unlink()
+
+    return build
+
+
+def _prepared(work: Workspace, out: Path) -> Path:
+    """onnxruntime's documented preparation: shapes inferred and the graph optimized.
+
+    Shape inference needs `auto_merge` on graphs with symbolic dimensions, and the weights inside the file.
+    """
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    whole, prepared = out / "whole.onnx", out / "prepared.onnx"
+    onnx.save(onnx.load(str(work.float_model)), str(whole))
+    quant_pre_process(whole, prepared, auto_merge=True)
+    whole.unlink()
+    return prepared
+
+
+def _transformers(*, dynamic: bool, **settings: Any) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        import onnx_ir as ir
+        import torch
+        from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+        from transformers.exporters.configs import ExportFormat
+
+        samples = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in read_feeds(work.feeds)]
+        config = (OnnxRuntimeDynamicConfig if dynamic else OnnxRuntimeStaticConfig)(**settings)
+        quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=samples)
+        quantized = quantizer.quantize(ir.load(work.float_model), samples[0], ExportFormat.ONNX)
+        ir.save(quantized, out / "model.onnx", external_data="model.onnx.data")
+
+    return build
+
+
+def _nncf(*, float_attention: bool) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        import nncf
+        import openvino
+
+        feeds = read_feeds(work.feeds)
+        model = openvino.Core().read_model(work.float_model)
+        products = [node for node in model.get_ops() if node.get_type_name() == "MatMul"]
+        attention = [node.get_friendly_name() for node in products if not _constant(node.input_value(1).get_node())]
+        settings: dict[str, Any] = {"ignored_scope": nncf.IgnoredScope(names=attention)} if float_attention else {}
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(feeds),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(feeds),
+            **settings,
+        )
+        openvino.save_model(quantized, out / "model.xml", compress_to_fp16=False)
+
+    return build
+
+
+def _constant(node: Any) -> bool:
+    if node.get_type_name() in ("Convert", "Transpose"):
+        return _constant(node.input_value(0).get_node())
+    return bool(node.get_type_name() == "Constant")
+
+
+def _scalefold(*options: str) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        command = [sys.executable, "-m", "scalefold.compiler.cli", "compile", str(work.float_model), "-o"]
+        samples = len(work.texts.read_text(encoding="utf-8").splitlines())
+        command += [str(out / "compiled"), "--calibration", str(work.texts), "--samples", str(samples), *options]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise Failure(f"exit code {done.returncode}: {lines[-1]}")
+        for file in (out / "compiled").iterdir():
+            file.rename(out / file.name)
+
+    return build
+
+
+CONTENDERS = (
+    Contender("float", "onnxruntime float", "", keep_float),
+    Contender("dynamic", "quantize_dynamic", "QInt8, per_channel", _dynamic(per_channel=True)),
+    Contender(
+        "dynamic-7bit",
+        "quantize_dynamic",
+        "QInt8, per_channel, reduce_range",
+        _dynamic(per_channel=True, reduce_range=True),
+        timed=False,
+    ),
+    Contender("static", "quantize_static", "defaults: QDQ, MinMax", _static()),
+    Contender(
+        "static-matmul",
+        "quantize_static",
+        "MatMul only, per_channel, QUInt8 x QInt8",
+        _static(unsigned=True, per_channel=True, op_types_to_quantize=["MatMul"]),
+    ),
+    Contender(
+        "static-matmul-7bit",
+        "quantize_static",
+        "MatMul only, per_channel, QUInt8 x QInt8, reduce_range",
+        _static(unsigned=True, per_channel=True, reduce_range=True, op_types_to_quantize=["MatMul"]),
+        timed=False,
+    ),
+    Contender(
+        "transformers-static",
+        "transformers OnnxRuntimeQuantizer",
+        "static, per_channel",
+        _transformers(dynamic=False, per_channel=True),
+    ),
+    Contender("transformers-dynamic", "transformers OnnxRuntimeQuantizer", "dynamic", _transformers(dynamic=True)),
+    Contender("openvino", "OpenVINO + NNCF", "INT8, model_type TRANSFORMER", _nncf(float_attention=False), True),
+    Contender(
+        "openvino-linear",
+        "OpenVINO + NNCF",
+        "INT8, model_type TRANSFORMER, attention products ignored",
+        _nncf(float_attention=True),
+        True,
+    ),
+    Contender("scalefold", "scalefold", "w8a8", _scalefold("--recipe", "w8a8")),
+    Contender("scalefold-qdq", "scalefold", "w8a8, target qdq", _scalefold("--recipe", "w8a8", "--target", "qdq")),
+    Contender("scalefold-naive", "scalefold", "w8a8-naive", _scalefold("--recipe", "w8a8-naive"), timed=False),
+    Contender("scalefold-w6a6", "scalefold", "w6a6", _scalefold("--recipe", "w6a6"), timed=False),
+)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+# In the parent: environments, building, failures -----------------------------------------------------------------------
+
+
+def interpreter(contender: Contender) -> str:
+    """The Python that runs a contender's children; OpenVINO's environment is made on first use."""
+    if not contender.openvino:
+        return sys.executable
+    python, complete = BENCH_VENV / "bin" / "python", BENCH_VENV / "complete"
+    if not complete.is_file() or complete.read_text() != CONSTRAINTS.read_text():
+        install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "openvino", "nncf"]
+        for command in ([sys.executable, "-m", "venv", str(BENCH_VENV)], install):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Failure(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)}")
+        complete.write_text(CONSTRAINTS.read_text())
+    return str(python)
+
+
+def command(contender: Contender, step: str, work: Workspace, *arguments: str) -> list[str]:
+    """The command line of one child."""
+    return [interpreter(contender), __file__, step, contender.name, str(work.folder), *arguments]
+
+
+def run_child(contender: Contender, step: str, work: Workspace) -> dict[str, Any]:
+    """Run one step in a child and return the JSON it ends with.
+
+    Raises:
+        Failure: the child said why it failed, or died.
+    """
+    done = subprocess.run(command(contender, step, work), capture_output=True, text=True, check=False)
+    return answer_of(done.stdout, done.stderr, done.returncode)
+
+
+def answer_of(stdout: str, stderr: str, code: int | None) -> dict[str, Any]:
+    """The JSON object on the last line of a child's output; a `Failure` when it holds one, or there is none."""
+    try:
+        answer: dict[str, Any] = json.loads(_last_line(stdout))
+    except ValueError:
+        raise Failure(f"the process died with exit code {code}: {_last_line(stderr)}") from None
+    if "failure" in answer:
+        raise Failure(str(answer["failure"]))
+    return answer
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1][:300]
+
+
+def build(contender: Contender, work: Workspace) -> Built:
+    """Quantize in a child, or read what an earlier run with the same inputs left."""
+    out = work.output(contender)
+    record, key = out / "built.json", _key(contender, work)
+    if record.is_file() and (saved := json.loads(record.read_text()))["key"] == key:
+        return Built(**saved["built"])
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    try:
+        interpreter(contender)
+        start = time.perf_counter()
+        answer = run_child(contender, "build", work)
+        built = Built(time.perf_counter() - start, answer["peak_mb"], _size_mb(work.model(contender)))
+    except Failure as failure:
+        return Built(failure=str(failure))
+    record.write_text(json.dumps({"key": key, "built": asdict(built)}))
+    return built
+
+
+def _size_mb(model: Path) -> float:
+    parts = [model, model.with_name(f"{model.name}.data"), model.with_suffix(".bin")]
+    return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
+
+
+def _key(contender: Contender, work: Workspace) -> str:
+    """Changes with anything that the result depends on."""
+    digest = hashlib.sha256(f"{contender.name} {contender.settings} {version('onnxruntime')} {CONSTRAINTS.read_text()}".encode())
+    sources = [work.texts, work.float_model, Path(__file__)]
+    if contender.family == "scalefold":
+        sources += [file for name in ("compiler", "passes") for file in sorted((REPOSITORY / name).glob("*.*"))]
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+# In a child --------------------------------------------------------------------------------------------------------
+
+
+def load(contender: Contender, model: Path, threads: int) -> tuple[Callable[[Feed], Array], Any]:
+    """A function from a feed to the first output, and the runtime's own object behind it."""
+    if contender.openvino:
+        import openvino
+
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        request = compiled.create_infer_request()
+        return lambda feed: np.asarray(request.infer(feed, share_inputs=True)[0]), compiled
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Threads spin within a run, as they do by default, and rest between runs, when another contender has its turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    names, first = {entry.name for entry in session.get_inputs()}, session.get_outputs()[0].name
+    return lambda feed: np.asarray(
+        session.run([first], {name: array for name, array in feed.items() if name in names})[0]
+    ), session
+
+
+def integer_matmuls(contender: Contender, model: Path, runtime: Any) -> int:
+    """How many matrix products run on integers in the graph that the runtime optimized for this machine."""
+    if contender.openvino:
+        nodes = [node.get_rt_info() for node in runtime.get_runtime_model().get_ops()]
+        kinds = [(info["layerType"].value, info["runtimePrecision"].value) for info in nodes]
+        return sum(kind in ("FullyConnected", "MatMul") and str(width) in ("i8", "u8") for kind, width in kinds)
+    from scalefold.compiler.runtime import optimized_graph
+
+    return sum(node.op_type in INTEGER_MATMULS for node in optimized_graph(model).graph)
+
+
+def embed(contender: Contender, work: Workspace) -> dict[str, Any]:
+    """Mean-pooled, normalised embeddings of the evaluation sentences, saved in the order of the feeds."""
+    infer, runtime = load(contender, work.model(contender), 2)
+    pooled = []
+    for feed in read_feeds(work.evaluation):
+        mask = feed["attention_mask"][..., None].astype(np.float32)
+        mean = (infer(feed) * mask).sum(axis=1) / mask.sum(axis=1)
+        pooled.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+    np.save(work.output(contender) / "embeddings.npy", np.concatenate(pooled))
+    return {"integer_matmuls": integer_matmuls(contender, work.model(contender), runtime)}
+
+
+def serve(contender: Contender, work: Workspace, threads: int) -> None:
+    """Answer every line `BATCHxLENGTH SECONDS` with the seconds per run over at least that many seconds."""
+    start = time.perf_counter()
+    infer, _ = load(contender, work.model(contender), threads)
+    _say(load_seconds=time.perf_counter() - start)
+    names = list(read_feeds(work.feeds)[0])
+    for line in sys.stdin:
+        shape, least = line.split()
+        feed = random_feed(names, *map(int, shape.split("x")))
+        runs, start = 0, time.perf_counter()
+        while not runs or time.perf_counter() - start < float(least):
+            infer(feed)
+            runs += 1
+        _say(seconds=(time.perf_counter() - start) / runs, peak_mb=_peak_mb())
+
+
+def random_feed(names: list[str], batch: int, length: int) -> Feed:
+    """Token ids of a fixed seed, without padding."""
+    ids = np.random.default_rng(0).integers(1000, 20000, (batch, length))
+    every = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+        "position_ids": np.broadcast_to(np.arange(length), ids.shape),
+    }
+    return {name: every[name] for name in names}
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process since it started its program, or of its largest child."""
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return max(int(status.split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1e3
+
+
+def _say(**answer: Any) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def main(step: str, name: str, folder: str, *arguments: str) -> None:
+    """A child's whole life; every error becomes its answer."""
+    contender, work = BY_NAME[name], Workspace(Path(folder))
+    try:
+        if step == "build":
+            contender.build(work, work.output(contender))
+            _say(peak_mb=_peak_mb())
+        elif step == "embed":
+            _say(**embed(contender, work))
+        else:
+            serve(contender, work, *map(int, arguments))
+    except Exception as error:  # whatever a contender raises is the reason shown in its row
+        said = " ".join(str(error).split())[:300]
+        _say(failure=said if isinstance(error, Failure) else f"{type(error).__name__}: {said}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
