@@ -90,6 +90,7 @@ class CompileReport:
         load_seconds: time onnxruntime takes to open it; not part of the record.
         seconds: time of each stage; not part of the record.
         peak_bytes: peak resident memory of this process; not part of the record.
+        export_peak_bytes: the same of the process that exported a Hugging Face model; not part of the record.
     """
 
     output: Path | None
@@ -107,6 +108,7 @@ class CompileReport:
     load_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    export_peak_bytes: int = 0
 
     @property
     def integer_layers(self) -> int:
@@ -311,12 +313,13 @@ class _Run:
             load_seconds=load_seconds,
             seconds=self.clock.seconds,
             peak_bytes=peak_memory(),
+            export_peak_bytes=peak_memory(resource.RUSAGE_CHILDREN),
         )
 
     def _content(self, report: CompileReport) -> dict[str, Any]:
         """The record: everything that is the same in every run with the same inputs."""
         content = asdict(report)
-        for name in ("output", "load_seconds", "seconds", "peak_bytes"):
+        for name in ("output", "load_seconds", "seconds", "peak_bytes", "export_peak_bytes"):
             del content[name]
         return {"schema_version": 1, **content, "recipe": self.recipe.model_dump(mode="json"), "tools": _versions()}
 
@@ -362,6 +365,7 @@ def _scratch(place: Path | None) -> Iterator[Path]:
 
 
 def _open(source: object, folder: Path, task: str | None, clock: _Clock, progress: Progress) -> _Source:
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
     if isinstance(source, str) and source in reference_models():
         source = importlib.import_module(f"scalefold.models.{source}").build()
     if isinstance(source, str | Path) and (str(source).endswith(".onnx") or Path(source).is_file()):
@@ -373,7 +377,6 @@ def _open(source: object, folder: Path, task: str | None, clock: _Clock, progres
         export_model(source, folder, task)
         advance()
     manifest = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))
-    name = str(source) if isinstance(source, str | Path) else type(source).__name__
     return _opened(name, folder / artifact.MODEL, read_onnx(folder / artifact.MODEL), manifest)
 
 
@@ -387,6 +390,16 @@ def _opened(name: str, path: Path, model: ir.Model, manifest: dict[str, Any] | N
     data = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     size = sum(file.stat().st_size for file in (path, *data))
     return _Source(name, path.parent, model, manifest, notes, size)
+
+
+@contextmanager
+def open_source(source: object, *, task: str | None = None, progress: Progress = silent) -> Iterator[ir.Model]:
+    """The float graph of any source in normal form, for looking at or comparing with; see `compile_model`."""
+    with _scratch(None) as scratch:
+        opened = _open(source, scratch / "float", task, _Clock(), progress)
+        for entry in _pipeline(Recipe()).normalize:
+            entry.run(opened.model, Context())
+        yield opened.model
 
 
 def _require_layers(source: _Source) -> None:
@@ -445,10 +458,10 @@ def reference_models() -> tuple[str, ...]:
     return tuple(path.stem for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "wheels"))
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process, in bytes."""
+def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
+    """Peak resident memory in bytes, of this process or of the largest of its children."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(who).ru_maxrss * unit
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,11 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
         kernels.append(LayerKernel(node.name or weight.name or "", (shape[0], shape[1]), codes, kernel, integer, reason, remedy))
     return kernels
+
+
+def quantized_layers(model: ir.Model) -> list[str]:
+    """The names of the layers whose weights are integer codes in the written graph."""
+    return [node.name or "" for node in graph.nodes(model, *LINEAR_OPS) if _weight_of(node)[1]]
 
 
 def require_integer_kernels(kernels: Sequence[LayerKernel], allow_float: Sequence[str] = ()) -> None:
@@ -189,7 +194,7 @@ def _unknown(kernel: str) -> tuple[str, str]:
     return f"onnxruntime's optimizer chose {kernel} for a reason scalefold does not know", "compare versions of onnxruntime"
 
 
-def fidelity(expected: Session, actual: Session, feeds: Sequence[Feed]) -> list[Fidelity]:
+def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:
     """Compare the float outputs of two models over feeds, padding left out."""
     rows: dict[str, list[tuple[Array, Array]]] = {}
     for feed in feeds:

@@ -11,15 +11,17 @@ FOLDER is a `Workspace`. Only numpy is imported at the top: OpenVINO's children 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -297,7 +299,133 @@ CONTENDERS = (
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
 
-# In the parent: environments, building, failures -----------------------------------------------------------------------
+# In the parent: command line, inputs ---------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that both benchmarks take."""
+    made = argparse.ArgumentParser(description=description)
+    names = ", ".join(contender.name for contender in CONTENDERS)
+    made.add_argument("--calibration", type=Path, metavar="FILE", help="text, one sample a line, for every contender; "
+                      "default: scalefold's own default text, which every Python installation carries")  # fmt: skip
+    made.add_argument("--samples", type=int, default=128, help="calibration samples, evenly spaced (default: 128)")
+    made.add_argument("--only", metavar="NAME,...", help=f"compare these alone (float is always run): {names}")
+    made.add_argument("--work", type=Path, metavar="FOLDER", help="keep exported and quantized models here, so that a "
+                      "second run does not make them again; default: a temporary folder")  # fmt: skip
+    made.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the Markdown table here too")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured here")
+    return made
+
+
+def chosen(only: str | None) -> list[Contender]:
+    """The contenders that `--only` names, with float first."""
+    if only is None:
+        return list(CONTENDERS)
+    names = [name.strip() for name in only.split(",")]
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; choose from {', '.join(BY_NAME)}.")
+    return [contender for contender in CONTENDERS if contender.name in {"float", *names}]
+
+
+def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> Workspace:
+    """Export a model once and write the calibration samples.
+
+    Args:
+        model: `minilm`, `bert-4x768`, or a Hugging Face folder.
+        root: where the model's workspace is made.
+        calibration: lines of text, or None for the default text.
+        samples: how many of them are used.
+    """
+    from scalefold.compiler.calibrate import default_texts
+    from scalefold.compiler.export import export_model
+
+    work = Workspace(root / Path(model).name)
+    if not work.float_model.is_file():
+        partial = work.folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        export_model(_source(model, work.folder / "source"), partial, "feature-extraction")
+        partial.rename(work.float_model.parent)
+    texts = default_texts()
+    if calibration is not None:
+        texts = [line.strip() for line in calibration.read_text(encoding="utf-8").splitlines()]
+        texts = [line for line in texts if len(line.split()) >= 4]
+    texts = [texts[index] for index in np.linspace(0, len(texts) - 1, min(samples, len(texts))).astype(int)]
+    work.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    save_feeds(work.feeds, encode(work, texts))
+    return work
+
+
+def _source(model: str, folder: Path) -> Path:
+    from scalefold.models import minilm
+
+    if model not in ("minilm", "bert-4x768"):
+        return Path(model)
+    pretrained = minilm.build()
+    if model == "minilm":
+        return pretrained
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    BertModel(BertConfig(num_hidden_layers=4)).save_pretrained(folder)
+    for file in pretrained.glob("*token*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def encode(work: Workspace, texts: list[str]) -> list[Feed]:
+    """One feed per text, at most `SEQUENCE` tokens each."""
+    import onnx_ir as ir
+    from scalefold.compiler.calibrate import TextEncoder
+
+    encoder = TextEncoder(work.float_model.with_name("tokenizer.json"), ir.load(work.float_model), SEQUENCE)
+    return [dict(encoder(text)) for text in texts]
+
+
+def machine(threads: int) -> dict[str, str]:
+    """What the figures were measured on."""
+    from datetime import date
+
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    name = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "unknown")
+    vnni = "yes" if "avx512_vnni" in cpu or "avx_vnni" in cpu else "no"
+    return {
+        "CPU": name,
+        "VNNI": vnni,
+        "threads": str(threads),
+        "onnxruntime": version("onnxruntime"),
+        "date": date.today().isoformat(),
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first two columns are text, the others figures."""
+    marks = ["---" if index < 2 else "---:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, marks, *rows])
+
+
+def publish(options: argparse.Namespace, markdown: str, data: dict[str, Any]) -> None:
+    """Print the report and write the files that were asked for."""
+    sys.stdout.write(markdown + "\n")
+    if options.output:
+        options.output.write_text(markdown + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """The folder of `--work`, made when missing, or a temporary one."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="scalefold-bench-") as folder:
+        yield Path(folder)
+
+
+# In the parent: building in children ---------------------------------------------------------------------------------
 
 
 def interpreter(contender: Contender) -> str:
@@ -372,7 +500,9 @@ def _size_mb(model: Path) -> float:
 
 def _key(contender: Contender, work: Workspace) -> str:
     """Changes with anything that the result depends on."""
-    digest = hashlib.sha256(f"{contender.name} {contender.settings} {version('onnxruntime')} {CONSTRAINTS.read_text()}".encode())
+    digest = hashlib.sha256(
+        f"{contender.name} {contender.settings} {version('onnxruntime')} {CONSTRAINTS.read_text()}".encode()
+    )
     sources = [work.texts, work.float_model, Path(__file__)]
     if contender.family == "scalefold":
         sources += [file for name in ("compiler", "passes") for file in sorted((REPOSITORY / name).glob("*.*"))]
@@ -448,7 +578,7 @@ def serve(contender: Contender, work: Workspace, threads: int) -> None:
 
 def random_feed(names: list[str], batch: int, length: int) -> Feed:
     """Token ids of a fixed seed, without padding."""
-    ids = np.random.default_rng(0).integers(1000, 20000, (batch, length))
+    ids = np.random.default_rng(0).integers(100, 1000, (batch, length))
     every = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),

@@ -1,0 +1,338 @@
+"""The command line: compile, verify, inspect, eval, recipes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from scalefold.compiler import artifact, evaluate, graph, verify
+from scalefold.compiler.driver import CompileReport, compile_model, open_source, peak_memory, reference_models
+from scalefold.compiler.errors import InterruptError, ScalefoldError, SourceError
+from scalefold.compiler.recipe import Target, load_recipe, named_recipes
+from scalefold.compiler.runtime import inputs_of
+
+app = typer.Typer(
+    name="scalefold",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compile transformers to ONNX graphs that run on onnxruntime's integer CPU kernels, and prove it.",
+)
+errors = Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on stdout and nothing else there.")]
+
+
+@app.command("compile")
+def compile_command(
+    source: Annotated[str, typer.Argument(help="A hub id, a model folder, an .onnx file, or a reference model's name.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `scalefold recipes`.")] = "w8a8",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text, JSON lines or .npz to calibrate on; default: English text of the Python installation."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples; default: what the recipe says.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="feature-extraction, masked-lm, sequence-classification, token-classification or question-answering;"
+            " default: what the model's config says."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="onnxruntime-cpu (fused operators, the default) or qdq (standard ONNX only).")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to leave in float; may be repeated.")
+    ] = None,
+    allow_float: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers that may miss their integer kernel.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile SOURCE to a folder with a quantized model, its tokenizer and the proof of what it became."""
+    if target not in (None, "onnxruntime-cpu", "qdq"):
+        raise SourceError(f"there is no target {target!r}", where="--target", remedy="choose onnxruntime-cpu or qdq")
+    with _progress(quiet=as_json) as progress:
+        report = compile_model(
+            source,
+            output,
+            recipe=recipe,
+            calibration=calibration,
+            samples=samples,
+            task=task,
+            target=cast(Target | None, target),
+            exclude=exclude or (),
+            allow_float=allow_float or (),
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({**asdict(report), "integer_layers": report.integer_layers, "output": str(report.output or "")})
+    else:
+        _print_report(report)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote, or an .onnx file.")],
+    allow_float: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers that may miss their integer kernel.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a compiled model with onnxruntime on this machine and say which kernel every linear layer gets."""
+    model = folder / artifact.MODEL if folder.is_dir() else folder
+    if not model.is_file():
+        raise SourceError("there is no model.onnx in it", where=str(folder), remedy="give a compiled folder")
+    recorded = artifact.read_record(folder) if folder.is_dir() else {}
+    sqnr = {layer["name"]: layer["sqnr_db"] for layer in recorded.get("layers", [])}
+    kernels = verify.layer_kernels(model)
+    seconds = verify.load_seconds(model)
+    if as_json:
+        _print_json(
+            {
+                "layers": [asdict(kernel) | {"sqnr_db": sqnr.get(kernel.name)} for kernel in kernels],
+                "outputs": recorded.get("outputs", []),
+                "held_out": recorded.get("held_out", ""),
+                "load_seconds": seconds,
+                "bytes": artifact.size_of(folder) if folder.is_dir() else model.stat().st_size,
+            }
+        )
+    else:
+        _print_kernels(kernels, sqnr)
+        _print_outputs([verify.Fidelity(**entry) for entry in recorded.get("outputs", [])], recorded.get("held_out", ""))
+        Console().print(f"loads in {seconds:.2f} s")
+    verify.require_integer_kernels(kernels, allow_float or ())
+
+
+@app.command()
+def inspect(
+    source: Annotated[Path, typer.Argument(help="An .onnx file or a folder with model.onnx in it.")], as_json: Json = False
+) -> None:
+    """List the inputs, outputs and linear layers of a model, with the names that patterns select by."""
+    path = source / artifact.MODEL if source.is_dir() else source
+    with open_source(path) as model:
+        if any(verify.quantized_layers(model)):
+            kernels = verify.layer_kernels(path)
+            layers = [{"name": entry.name, "shape": entry.shape, "quantized": entry.planned} for entry in kernels]
+        else:
+            layers = [{"name": entry.name, "shape": entry.shape, "quantized": False} for entry in graph.linear_layers(model)]
+        facts: dict[str, Any] = {
+            "inputs": {name: str(value.shape) for name, value in inputs_of(model).items()},
+            "outputs": {value.name: str(value.shape) for value in model.graph.outputs},
+            "nodes": len(model.graph),
+            "layers": layers,
+        }
+    if as_json:
+        _print_json(facts)
+        return
+    console = Console()
+    console.print(f"inputs   {facts['inputs']}\noutputs  {facts['outputs']}\nnodes    {facts['nodes']}", highlight=False)
+    table = Table("linear layer", "K x N", "weights", title=f"{len(layers)} linear layers")
+    for entry in layers:
+        k, n = cast(tuple[int, int], entry["shape"])
+        table.add_row(str(entry["name"]), f"{k} x {n}", "integer" if entry["quantized"] else "float32")
+    console.print(table)
+
+
+@app.command("eval")
+def eval_command(
+    folder: Annotated[Path, typer.Argument(help="A compiled folder, or an .onnx file with tokenizer.json beside it.")],
+    data: Annotated[Path, typer.Option(help="sts: a file of the STS benchmark; fidelity: text, one sample a line.")],
+    metric: Annotated[str, typer.Option(help="sts or fidelity.")] = "sts",
+    against: Annotated[
+        str | None, typer.Option(help="The float model: a hub id, folder, .onnx file or reference model's name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a compiled model: STS (Spearman x 100), and cosine to the float model where --against gives one."""
+    if metric not in ("sts", "fidelity"):
+        raise SourceError(f"there is no metric {metric!r}", where="--metric", remedy="choose sts or fidelity")
+    with _progress(quiet=as_json) as progress:
+        facts = _sts(folder, data, against, progress) if metric == "sts" else _fidelity(folder, data, against, progress)
+    if as_json:
+        _print_json(facts)
+    else:
+        table = Table("measure", "value")
+        for name, value in facts.items():
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        Console().print(table)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the named recipes."""
+    loaded = [load_recipe(name) for name in named_recipes()]
+    if as_json:
+        _print_json({recipe.name: recipe.model_dump(mode="json") for recipe in loaded})
+        return
+    table = Table("recipe", "what it does")
+    for recipe in loaded:
+        table.add_row(recipe.name, recipe.summary)
+    Console().print(table)
+    Console().print(f"reference models: {', '.join(reference_models())}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and a non-zero exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=False)
+    except ScalefoldError as error:
+        _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(InterruptError("it was interrupted", where="scalefold", remedy="earlier output is whole; run it again"))
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        # typer's usage errors come from the copy of click inside it, whose classes are not public
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or code is None:
+            raise
+        show()
+        sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: ScalefoldError) -> None:
+    errors.print(f"[bold red]error[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+    sys.exit(error.exit_code)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _sts(folder: Path, data: Path, against: str | None, progress: Callable[..., Any]) -> dict[str, float | int | str]:
+    pairs = evaluate.read_pairs(data)
+    sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
+    session, tokenizer = evaluate.open_folder(folder)
+    steps = -(-len(sentences) // 16)
+    with progress("embedding", steps) as advance:
+        got = evaluate.embed(session, tokenizer, sentences, advance)
+    facts: dict[str, float | int | str] = {"pairs": len(pairs), "spearman": evaluate.spearman(pairs, got)}
+    if against is not None:
+        with open_source(against, progress=progress) as original, progress("embedding in float", steps) as advance:
+            wanted = evaluate.embed(evaluate.Session(original), tokenizer, sentences, advance)
+        cosines = (wanted * got).sum(axis=1)
+        facts |= {"float_spearman": evaluate.spearman(pairs, wanted)}
+        facts |= {"mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min())}
+    return facts
+
+
+def _fidelity(folder: Path, data: Path, against: str | None, progress: Callable[..., Any]) -> dict[str, float | int | str]:
+    if against is None:
+        raise SourceError("the fidelity metric needs the float model", where="eval", remedy="give it with --against")
+    try:
+        texts = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if len(line.split()) >= 4]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"it cannot be read ({error})", where=str(data), remedy="give UTF-8 text") from error
+    with open_source(against, progress=progress) as original, progress("comparing", len(texts)) as advance:
+        found = evaluate.compare_on_text(original, folder, texts, advance)
+    facts: dict[str, float | int | str] = {"samples": len(texts)}
+    for entry in found:
+        facts |= {f"{entry.name} {name}": value for name, value in asdict(entry).items() if name != "name"}
+    return facts
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[..., Any]]:
+    """A factory of progress bars on stderr."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, disable=quiet) as bars:
+
+        @contextlib.contextmanager
+        def open_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+            task = bars.add_task(title, total=total)
+            yield lambda: bars.advance(task)
+            bars.update(task, completed=total)
+
+        yield open_bar
+
+
+def _print_report(report: CompileReport) -> None:
+    console = Console()
+    if report.output is None:
+        table = Table("linear layer", "K x N", title=f"dry run: {len(report.layers)} linear layers would be quantized")
+        for layer in report.layers:
+            table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}")
+        console.print(table)
+        console.print(f"size  {report.float_bytes / 1e6:.1f} MB float -> about {report.bytes / 1e6:.1f} MB")
+        return
+    sqnr = {layer.name: layer.sqnr_db for layer in report.layers}
+    kernels = [
+        verify.LayerKernel(layer.name, layer.shape, True, layer.kernel, layer.integer) for layer in report.layers
+    ]
+    _print_kernels(kernels, sqnr)
+    _print_outputs(report.outputs, report.held_out)
+    summary = Table(show_header=False, title=f"{report.source} -> {report.output}")
+    summary.add_row("recipe, target", f"{report.recipe}, {report.target}")
+    summary.add_row("calibrated on", f"{report.calibration['samples']} samples of {report.calibration['origin']}")
+    summary.add_row("integer kernels", f"{report.integer_layers} of {len(report.layers)} linear layers")
+    ratio = report.bytes / max(report.float_bytes, 1)
+    summary.add_row("size", f"{report.bytes / 1e6:.1f} MB, {ratio:.3f} of float's {report.float_bytes / 1e6:.1f} MB")
+    summary.add_row("loads in", f"{report.load_seconds:.2f} s")
+    slowest = sorted(report.seconds.items(), key=lambda item: -item[1])[:4]
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest)
+    summary.add_row("took", f"{sum(report.seconds.values()):.1f} s ({stages})")
+    summary.add_row("peak memory", f"{report.peak_bytes / 1e6:.0f} MB, and {report.export_peak_bytes / 1e6:.0f} MB to export")
+    for entry in report.passes:
+        if entry.rewrites or entry.declined:
+            reasons = ", ".join(sorted({str(event["reason"]) for event in entry.declined}))
+            declined = f", {len(entry.declined)} declined ({reasons})" if entry.declined else ""
+            summary.add_row(entry.name, f"{len(entry.rewrites)} rewrites{declined}")
+    console.print(summary)
+    for note in report.notes:
+        console.print(f"note: {_escape(note)}")
+
+
+def _print_kernels(kernels: Sequence[verify.LayerKernel], sqnr: dict[str, float | None]) -> None:
+    table = Table("linear layer", "K x N", "kernel", "SQNR dB", title="what onnxruntime runs each linear layer with")
+    for kernel in kernels:
+        mark = "" if kernel.integer or not kernel.planned else " [red](float)[/]"
+        value = sqnr.get(kernel.name)
+        size = f"{kernel.shape[0]} x {kernel.shape[1]}"
+        table.add_row(kernel.name, size, kernel.kernel + mark, "" if value is None else f"{value:.1f}")
+    Console().print(table)
+
+
+def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str) -> None:
+    if not outputs:
+        return
+    table = Table("output", "mean cosine", "min cosine", "max error", "SQNR dB", title=f"against float on {held_out}")
+    for entry in outputs:
+        figures = (f"{entry.mean_cosine:.5f}", f"{entry.min_cosine:.5f}", f"{entry.max_error:.4f}", f"{entry.sqnr_db:.1f}")
+        table.add_row(entry.name, *figures)
+    Console().print(table)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, indent=2, default=str))
+
+
+def _version() -> str:
+    return version("scalefold")
+
+
+if __name__ == "__main__":
+    main()
