@@ -106,7 +106,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"there is no readable {RECORD} in it", where=str(folder), remedy="give a folder that `scalefold compile` wrote"
+            f"there is no readable {RECORD} in it",
+            where=str(folder),
+            remedy="give a folder that `scalefold compile` wrote",
         ) from error
     assert isinstance(content, dict)
     return content

@@ -179,9 +179,7 @@ def calibration_from(
     )
 
 
-def _from_file(
-    path: Path, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
-) -> Calibration:
+def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int) -> Calibration:
     if not path.is_file():
         raise CalibrationError("there is no such file", where=str(path), remedy="check the path of --calibration")
     try:
@@ -347,4 +345,3 @@ def collect(
             gathered[name].update(rows, sample)
         advance()
     return gathered
-

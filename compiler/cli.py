@@ -39,12 +39,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on s
 
 @app.command("compile")
 def compile_command(
-    source: Annotated[str, typer.Argument(help="A hub id, a model folder, an .onnx file, or a reference model's name.")],
+    source: Annotated[
+        str, typer.Argument(help="A hub id, a model folder, an .onnx file, or a reference model's name.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
     recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `scalefold recipes`.")] = "w8a8",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text, JSON lines or .npz to calibrate on; default: English text of the Python installation."),
+        typer.Option(
+            help="Text, JSON lines or .npz to calibrate on; default: English text of the Python installation."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples; default: what the recipe says.")] = None,
     task: Annotated[
@@ -117,14 +121,17 @@ def verify_command(
         )
     else:
         _print_kernels(kernels, sqnr)
-        _print_outputs([verify.Fidelity(**entry) for entry in recorded.get("outputs", [])], recorded.get("held_out", ""))
+        _print_outputs(
+            [verify.Fidelity(**entry) for entry in recorded.get("outputs", [])], recorded.get("held_out", "")
+        )
         Console().print(f"loads in {seconds:.2f} s")
     verify.require_integer_kernels(kernels, allow_float or ())
 
 
 @app.command()
 def inspect(
-    source: Annotated[Path, typer.Argument(help="An .onnx file or a folder with model.onnx in it.")], as_json: Json = False
+    source: Annotated[Path, typer.Argument(help="An .onnx file or a folder with model.onnx in it.")],
+    as_json: Json = False,
 ) -> None:
     """List the inputs, outputs and linear layers of a model, with the names that patterns select by."""
     path = source / artifact.MODEL if source.is_dir() else source
@@ -133,7 +140,9 @@ def inspect(
             kernels = verify.layer_kernels(path)
             layers = [{"name": entry.name, "shape": entry.shape, "quantized": entry.planned} for entry in kernels]
         else:
-            layers = [{"name": entry.name, "shape": entry.shape, "quantized": False} for entry in graph.linear_layers(model)]
+            layers = [
+                {"name": entry.name, "shape": entry.shape, "quantized": False} for entry in graph.linear_layers(model)
+            ]
         facts: dict[str, Any] = {
             "inputs": {name: str(value.shape) for name, value in inputs_of(model).items()},
             "outputs": {value.name: str(value.shape) for value in model.graph.outputs},
@@ -144,7 +153,9 @@ def inspect(
         _print_json(facts)
         return
     console = Console()
-    console.print(f"inputs   {facts['inputs']}\noutputs  {facts['outputs']}\nnodes    {facts['nodes']}", highlight=False)
+    console.print(
+        f"inputs   {facts['inputs']}\noutputs  {facts['outputs']}\nnodes    {facts['nodes']}", highlight=False
+    )
     table = Table("linear layer", "K x N", "weights", title=f"{len(layers)} linear layers")
     for entry in layers:
         k, n = cast(tuple[int, int], entry["shape"])
@@ -240,7 +251,9 @@ def _sts(folder: Path, data: Path, against: str | None, progress: Callable[..., 
     return facts
 
 
-def _fidelity(folder: Path, data: Path, against: str | None, progress: Callable[..., Any]) -> dict[str, float | int | str]:
+def _fidelity(
+    folder: Path, data: Path, against: str | None, progress: Callable[..., Any]
+) -> dict[str, float | int | str]:
     if against is None:
         raise SourceError("the fidelity metric needs the float model", where="eval", remedy="give it with --against")
     try:
@@ -295,7 +308,9 @@ def _print_report(report: CompileReport) -> None:
     slowest = sorted(report.seconds.items(), key=lambda item: -item[1])[:4]
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest)
     summary.add_row("took", f"{sum(report.seconds.values()):.1f} s ({stages})")
-    summary.add_row("peak memory", f"{report.peak_bytes / 1e6:.0f} MB, and {report.export_peak_bytes / 1e6:.0f} MB to export")
+    summary.add_row(
+        "peak memory", f"{report.peak_bytes / 1e6:.0f} MB, and {report.export_peak_bytes / 1e6:.0f} MB to export"
+    )
     for entry in report.passes:
         if entry.rewrites or entry.declined:
             reasons = ", ".join(sorted({str(event["reason"]) for event in entry.declined}))
@@ -321,7 +336,12 @@ def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str) -> None:
         return
     table = Table("output", "mean cosine", "min cosine", "max error", "SQNR dB", title=f"against float on {held_out}")
     for entry in outputs:
-        figures = (f"{entry.mean_cosine:.5f}", f"{entry.min_cosine:.5f}", f"{entry.max_error:.4f}", f"{entry.sqnr_db:.1f}")
+        figures = (
+            f"{entry.mean_cosine:.5f}",
+            f"{entry.min_cosine:.5f}",
+            f"{entry.max_error:.4f}",
+            f"{entry.sqnr_db:.1f}",
+        )
         table.add_row(entry.name, *figures)
     Console().print(table)
 

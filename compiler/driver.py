@@ -284,7 +284,9 @@ class _Run:
         saved = sum(4 * k * n - k * n - 4 * n for k, n in (layer.shape for layer in layers))
         if self.recipe.embeddings is not None:
             tables = {node.inputs[0] for node in graph.nodes(self.source.model, "Gather")}
-            sizes = [table.const_value.nbytes for table in tables if table and graph.rank(table) == 2 and table.const_value]
+            sizes = [
+                table.const_value.nbytes for table in tables if table and graph.rank(table) == 2 and table.const_value
+            ]
             saved += sum(size * 3 // 4 for size in sizes)
         planned = tuple(LayerReport(layer.name, layer.shape, "planned", False, None) for layer in layers)
         return self._report(None, planned, (), self.source.bytes - saved, 0.0)
@@ -445,7 +447,11 @@ def _release_memory(original: ir.Model) -> None:
 def _record(entry: Pass, result: PassResult) -> PassRecord:
     def plain(events: Sequence[Any]) -> tuple[dict[str, Any], ...]:
         return tuple(
-            {"where": event.where, "reason": event.reason, **({"figures": dict(event.figures)} if event.figures else {})}
+            {
+                "where": event.where,
+                "reason": event.reason,
+                **({"figures": dict(event.figures)} if event.figures else {}),
+            }
             for event in events
         )
 

@@ -9,15 +9,20 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import version_converter
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveInitializersFromInputsPass,
+    ShapeInferencePass,
+)
 
 from scalefold.compiler.errors import GraphError, SourceError
 
 OLDEST_OPSET = 17
-"""LayerNormalization exists from here on; older files are converted up."""
+"""LayerNormalization exists from here on; a file that is older and cannot be converted is refused."""
 
-CONVERTED_OPSET = 20
-"""What older files are converted to: it has LayerNormalization and Gelu."""
+MODERN_OPSET = 20
+"""What older files are converted to: it has Gelu, and later opsets only add to it what passes here use."""
 
 LARGE = 4096
 """Initializers with more bytes are kept out of constant folding: nothing is gained, and they are not copied."""
@@ -77,6 +82,7 @@ def clean(model: ir.Model, where: str) -> ir.Model:
             where=where,
             remedy="check it with onnx.checker, or simplify it with its exporter's own optimizer",
         ) from error
+    ShapeInferencePass()(cleaned)
     _put_back(cleaned, large)
     for node in cleaned.graph:
         node.metadata_props.update(metadata.get(node.name or "", {}))
@@ -113,13 +119,15 @@ def _put_back(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> None:
 
 def _modern(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset >= OLDEST_OPSET:
+    if opset >= MODERN_OPSET:
         return proto
     try:
-        return version_converter.convert_version(proto, CONVERTED_OPSET)
+        return version_converter.convert_version(proto, MODERN_OPSET)
     except Exception as error:  # the converter raises RuntimeError and C++ errors of its own
+        if opset >= OLDEST_OPSET:
+            return proto
         raise GraphError(
-            f"opset {opset} is too old and onnx cannot convert it to {CONVERTED_OPSET}"
+            f"opset {opset} is too old and onnx cannot convert it to {MODERN_OPSET}"
             f" ({' '.join(str(error).split())[:200]})",
             where=where,
             remedy=f"export the model again with opset {OLDEST_OPSET} or later",

@@ -89,8 +89,9 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
     named = named_recipes()
     path = named.get(str(source), Path(source))
     if not path.is_file():
-        raise RecipeError([f"there is no recipe of this name and no such file; named are {', '.join(named)}"],
-                          where=str(source))
+        raise RecipeError(
+            [f"there is no recipe of this name and no such file; named are {', '.join(named)}"], where=str(source)
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

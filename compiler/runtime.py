@@ -48,13 +48,13 @@ class Session:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             if isinstance(source, Path):
-                self._session = onnxruntime.InferenceSession(
-                    str(source), options, providers=["CPUExecutionProvider"]
-                )
+                self._session = onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
             else:
                 payload, arrays, folder = serialize(source, outputs)
                 if folder is not None:
-                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+                    options.add_session_config_entry(
+                        "session.model_external_initializers_file_folder_path", str(folder)
+                    )
                 if arrays:  # onnxruntime copies what it needs while it opens the session
                     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                     options.add_external_initializers(list(arrays), values)
@@ -68,9 +68,9 @@ class Session:
                 remedy="check that its operators and opset are ones this onnxruntime has",
             ) from error
         self.inputs: dict[str, str] = {entry.name: entry.type for entry in self._session.get_inputs()}
-        self.outputs: list[str] = list(outputs) if outputs is not None else [
-            entry.name for entry in self._session.get_outputs()
-        ]
+        self.outputs: list[str] = (
+            list(outputs) if outputs is not None else [entry.name for entry in self._session.get_outputs()]
+        )
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one feed; inputs that the graph does not take are left out."""
@@ -90,9 +90,7 @@ def session_options(*, optimize: bool = True, threads: int = 0) -> onnxruntime.S
     return options
 
 
-def serialize(
-    model: ir.Model, outputs: Sequence[str] | None = None
-) -> tuple[bytes, dict[str, Array], Path | None]:
+def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[bytes, dict[str, Array], Path | None]:
     """A model as protobuf bytes that leave large initializers out.
 
     Args:

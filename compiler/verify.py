@@ -89,7 +89,9 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         obstacle = _diagnose(node) if codes else None
         integer = kernel in INTEGER_KERNELS and not (obstacle and "int8 activation" in obstacle[0])
         reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
-        kernels.append(LayerKernel(node.name or weight.name or "", (shape[0], shape[1]), codes, kernel, integer, reason, remedy))
+        kernels.append(
+            LayerKernel(node.name or weight.name or "", (shape[0], shape[1]), codes, kernel, integer, reason, remedy)
+        )
     return kernels
 
 
@@ -141,7 +143,9 @@ def _kernels_by_weight(optimized: ir.Model) -> dict[str, ir.Node]:
 
 def _by_node_name(optimized: ir.Model, node: ir.Node) -> ir.Node | None:
     """The optimised node of the same name: onnxruntime renames weights it lays out anew."""
-    return next((entry for entry in graph.nodes(optimized, *LINEAR_OPS) if entry.name and entry.name == node.name), None)
+    return next(
+        (entry for entry in graph.nodes(optimized, *LINEAR_OPS) if entry.name and entry.name == node.name), None
+    )
 
 
 def _diagnose(node: ir.Node) -> tuple[str, str] | None:
@@ -164,7 +168,10 @@ def _diagnose(node: ir.Node) -> tuple[str, str] | None:
     if weight.inputs[0] is not None and weight.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4):
         return "its weight is int4 behind an 8-bit activation", "store it as int8 codes"
     if len(graph.consumers(weight.outputs[0])) > 1:
-        return "its weight's DequantizeLinear is shared with another layer", "give each layer a DequantizeLinear of its own"
+        return (
+            "its weight's DequantizeLinear is shared with another layer",
+            "give each layer a DequantizeLinear of its own",
+        )
     return _bias_obstacle(node)
 
 
@@ -177,7 +184,10 @@ def _bias_obstacle(node: ir.Node) -> tuple[str, str] | None:
         return None
     remedy = "quantize its bias to int32 with scale = activation scale x weight scale, or use --target onnxruntime-cpu"
     if node.op_type == "Gemm" or graph.rank(node.inputs[0]) == 2:
-        return "it is a two-dimensional product with a float bias, which onnxruntime fuses to a float Gemm first", remedy
+        return (
+            "it is a two-dimensional product with a float bias, which onnxruntime fuses to a float Gemm first",
+            remedy,
+        )
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     if shape is not None and all(isinstance(size, int) for size in shape):
         return "its shapes are static and its bias is float, which onnxruntime fuses to a float Gemm first", remedy
@@ -191,7 +201,10 @@ _INT8_ACTIVATION = (
 
 
 def _unknown(kernel: str) -> tuple[str, str]:
-    return f"onnxruntime's optimizer chose {kernel} for a reason scalefold does not know", "compare versions of onnxruntime"
+    return (
+        f"onnxruntime's optimizer chose {kernel} for a reason scalefold does not know",
+        "compare versions of onnxruntime",
+    )
 
 
 def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:
@@ -203,7 +216,9 @@ def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[
         for name in wanted:
             if name in got and got[name].dtype.kind == "f":
                 rows.setdefault(name, []).append((rows_of(wanted[name], mask), rows_of(got[name], mask)))
-    return [_fidelity(name, *(np.concatenate(part) for part in zip(*pairs, strict=True))) for name, pairs in rows.items()]
+    return [
+        _fidelity(name, *(np.concatenate(part) for part in zip(*pairs, strict=True))) for name, pairs in rows.items()
+    ]
 
 
 def _fidelity(name: str, wanted: Array, got: Array) -> Fidelity:
@@ -272,5 +287,3 @@ def load_seconds(path: Path) -> float:
     start = time.perf_counter()
     Session(path)
     return time.perf_counter() - start
-
-

@@ -78,11 +78,12 @@ class Walk:
             for entry in node.inputs
             if entry is not None and entry not in inside and entry not in free and not entry.is_initializer()
         }
+        for entry in (*outer, *free):
+            if not entry.is_initializer():
+                self.value(entry)
         given = {entry.name or "": self.value(entry) for entry in outer}
         piece, _ = self._extract(selected, set(free), [end], redirect=False)
-        return Session(piece), [
-            {name: arrays[index] for name, arrays in given.items()} for index in range(self._count)
-        ]
+        return Session(piece), [{name: arrays[index] for name, arrays in given.items()} for index in range(self._count)]
 
     def _run(self, pending: list[ir.Node]) -> None:
         if not pending:
@@ -116,6 +117,11 @@ class Walk:
                 if all(use.node in self._done for use in value.uses()):
                     del self._live[value]
 
+    def _type_of(self, value: ir.Value) -> ir.TypeProtocol | None:
+        """A value's type; foreign graphs may not say it, and then the arrays do."""
+        arrays = self._live.get(value)
+        return ir.TensorType(ir.DataType.from_numpy(arrays[0].dtype)) if arrays else value.type
+
     def _extract(
         self, selected: Sequence[ir.Node], free: set[ir.Value], outputs: Sequence[ir.Value], *, redirect: bool
     ) -> tuple[ir.Model, Mapping[str, ir.Value]]:
@@ -129,7 +135,7 @@ class Walk:
                 return None
             source = self._seen_by.get((value, node), value) if redirect else value
             if source not in copies:
-                copies[source] = copied = ir.Value(name=source.name, type=source.type)
+                copies[source] = copied = ir.Value(name=source.name, type=self._type_of(source))
                 if source.is_initializer() and source not in free:
                     array = self._weights.get(source)
                     copied.const_value = source.const_value if array is None else ir.tensor(array, name=source.name)
@@ -145,7 +151,9 @@ class Walk:
             outs = [ir.Value(name=out.name, type=out.type) for out in node.outputs]
             copies.update(zip(node.outputs, outs, strict=True))
             nodes.append(
-                ir.Node(node.domain, node.op_type, entries, list(node.attributes.values()), outputs=outs, name=node.name)
+                ir.Node(
+                    node.domain, node.op_type, entries, list(node.attributes.values()), outputs=outs, name=node.name
+                )
             )
         piece = ir.Graph(
             [copies[value] for value in inputs.values()],

@@ -67,7 +67,9 @@ class ClipRanges:
                 advance()
         best = int(np.argmin(errors))
         figures: dict[str, float | int | str] = {
-            "ratio": ratios[best], "error": errors[best], "error_unclipped": errors[0]
+            "ratio": ratios[best],
+            "error": errors[best],
+            "error_unclipped": errors[0],
         }
         if best == 0:
             return PassResult((), (Event(quantizers[0], "no clipping is best", figures),))
@@ -108,8 +110,15 @@ def _fed(grids: Mapping[ir.Node, Affine]) -> dict[str, Array]:
     """The constants of all grids as arrays, by name."""
     fed: dict[str, Array] = {}
     for node, affine in grids.items():
-        arrays = (np.float32(affine.scale), np.uint8(affine.zero_point), np.float32(affine.low), np.float32(affine.high))
-        fed |= {value.name or "": np.asarray(array) for value, array in zip(_grid_constants(node), arrays, strict=False)}
+        arrays = (
+            np.float32(affine.scale),
+            np.uint8(affine.zero_point),
+            np.float32(affine.low),
+            np.float32(affine.high),
+        )
+        fed |= {
+            value.name or "": np.asarray(array) for value, array in zip(_grid_constants(node), arrays, strict=False)
+        }
     return fed
 
 

@@ -14,6 +14,9 @@ from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 LOWEST = float(np.finfo(np.float32).min)
+OLDEST_OPSET = 20
+"""From here to 23 no operator that transformers use changes its meaning."""
+
 NEARLY_LOWEST = -1e38
 """A masked score that the operator does not take for `no key at all`: a row with every key masked keeps its mean."""
 
@@ -50,7 +53,8 @@ class FuseAttention:
     q, k, v and the result are [B, S, H*D]; the mask is additive, [B, 1, S, S], expanded once when it is [B, 1, 1, S]. The
     operator gives zero for a row whose every key carries the lowest float32; that is what the exporter's Where around
     the core does, which goes. Without such a Where the mask is raised to -1e38, so that the row stays the mean of the
-    values. Needs opset 23 (onnxruntime 1.23). Figures: docs/decisions/0004.
+    values. The same holds for a mask of minus infinity whose NaN probabilities are set to zero, as the TorchScript exporter
+    writes it. Needs opset 23 (onnxruntime 1.23). Figures: docs/decisions/0004.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -62,8 +66,9 @@ class FuseAttention:
         """Fuse every attention core that matches; decline a Softmax between products that does not, with a reason."""
         rewrites, declined = [], []
         masks: dict[tuple[ir.Value, bool], ir.Value] = {}
+        opset = model.graph.opset_imports.get("", 0)
         for softmax in graph.nodes(model, "Softmax"):
-            core = _match(softmax)
+            core = _match(softmax) if opset >= OLDEST_OPSET else f"opset {opset} cannot be raised to 23 as it is"
             if isinstance(core, str):
                 declined.append(Event(softmax, core))
                 continue
@@ -75,7 +80,8 @@ class FuseAttention:
 
 
 def _match(softmax: ir.Node) -> _Core | str:
-    weighted = graph.only_consumer(softmax.outputs[0], "MatMul")
+    probabilities, cleared = _without_nan(softmax)
+    weighted = graph.only_consumer(probabilities, "MatMul")
     scores = softmax.inputs[0]
     if weighted is None or scores is None or graph.attribute(softmax, "axis", -1) not in (-1, 3):
         return "no product of probabilities and values behind it"
@@ -90,13 +96,36 @@ def _match(softmax: ir.Node) -> _Core | str:
         return "queries, keys and values differ in heads"
     if mask is not None and graph.rank(mask) != 4:
         return "the mask is not four-dimensional"
+    if cleared and (mask is None or not _bars_with_infinity(mask)):
+        return "NaN is cleared from its probabilities, but the mask is not made of 0 and minus infinity"
     guard = graph.only_consumer(weighted.outputs[0], "Where")
     if guard is not None and (mask is None or not _zeroes_unattended(guard, weighted.outputs[0], mask)):
         return "its output is selected by a condition other than `every key is masked`"
     end = _joined(guard.outputs[0] if guard is not None else weighted.outputs[0], query.heads * query.size)
     if end is None:
         return "the heads are not joined behind it"
-    return _Core(query, key, value, mask, factor * query.factor * key.factor, guard is not None, end)
+    return _Core(query, key, value, mask, factor * query.factor * key.factor, cleared or guard is not None, end)
+
+
+def _without_nan(softmax: ir.Node) -> tuple[ir.Value, bool]:
+    """What Where(IsNaN(p), 0, p) makes of the probabilities p, and whether it is there."""
+    out = softmax.outputs[0]
+    for choice in graph.consumers(out):
+        test = graph.producer(choice.inputs[0], "IsNaN") if choice.op_type == "Where" else None
+        if (
+            test is not None
+            and test.inputs[0] is out
+            and choice.inputs[2] is out
+            and graph.scalar(choice.inputs[1]) == 0.0
+        ):
+            return choice.outputs[0], True
+    return out, False
+
+
+def _bars_with_infinity(mask: ir.Value) -> bool:
+    """Whether a mask is Where(allowed, 0, -infinity)."""
+    choice = graph.producer(mask, "Where")
+    return choice is not None and {graph.scalar(entry) for entry in choice.inputs[1:]} == {0.0, -math.inf}
 
 
 def _scores(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None, float]:
@@ -156,26 +185,24 @@ def _split(value: ir.Value | None, factor: float) -> _Heads | None:
     reshape = graph.producer(value, "Reshape")
     if reshape is None or value is None:
         return None
-    x = reshape.inputs[0]
-    sizes = _sizes(reshape)
-    if x is None or graph.rank(x) != 3 or x.shape is None or sizes is None or x.shape[2] != sizes[0] * sizes[1]:
+    x, pieces = reshape.inputs[0], _pieces(reshape)
+    width = x.shape[2] if x is not None and x.shape is not None and len(x.shape) == 3 else None
+    if x is None or not isinstance(width, int) or len(pieces) != 4 or pieces[3] is None or width % pieces[3]:
         return None
-    return _Heads(x, sizes[0], sizes[1], factor)
+    heads = pieces[2] or width // pieces[3]
+    return _Heads(x, heads, pieces[3], factor) if heads * pieces[3] == width else None
 
 
-def _sizes(reshape: ir.Node) -> tuple[int, int] | None:
-    """(H, D) of a Reshape to [B, S, H, D], from its result's shape or from the pieces of its shape input."""
+def _pieces(reshape: ir.Node) -> list[int | None]:
+    """The sizes a Reshape makes, None where unknown: from its result's shape, else from the pieces of its shape input."""
     shape = reshape.outputs[0].shape
-    last: list[object] = list(shape[2:]) if shape is not None and len(shape) == 4 else []
-    if not all(isinstance(size, int) for size in last) or len(last) != 2:
-        array = graph.constant(reshape.inputs[1])
-        concat = graph.producer(reshape.inputs[1], "Concat")
-        if array is not None and array.size == 4:
-            last = [int(size) for size in array[2:]]
-        elif concat is not None and len(concat.inputs) == 4:
-            last = [graph.scalar(entry) for entry in concat.inputs[2:]]
-    whole = [int(size) for size in last if isinstance(size, int | float) and size > 0]
-    return (whole[0], whole[1]) if len(whole) == 2 else None
+    array, concat = graph.constant(reshape.inputs[1]), graph.producer(reshape.inputs[1], "Concat")
+    found: list[object] = list(shape) if shape is not None else []
+    if array is not None and not all(isinstance(size, int) for size in found[2:]):
+        found = array.tolist()
+    elif concat is not None and not all(isinstance(size, int) for size in found[2:]):
+        found = [graph.scalar(entry) for entry in concat.inputs]
+    return [int(size) if isinstance(size, int | float) and size > 0 else None for size in found]
 
 
 def _permutation(transpose: ir.Node) -> tuple[int, ...]:
@@ -184,12 +211,15 @@ def _permutation(transpose: ir.Node) -> tuple[int, ...]:
 
 
 def _joined(value: ir.Value, width: int) -> ir.Value | None:
+    """[B, H, S, D] brought back to [B, S, H*D]."""
     transpose = graph.only_consumer(value, "Transpose")
     if transpose is None or _permutation(transpose) != (0, 2, 1, 3):
         return None
     reshape = graph.only_consumer(transpose.outputs[0], "Reshape")
-    out = reshape.outputs[0] if reshape is not None else None
-    return out if out is not None and out.shape is not None and len(out.shape) == 3 and out.shape[2] == width else None
+    if reshape is None:
+        return None
+    pieces = _pieces(reshape)
+    return reshape.outputs[0] if len(pieces) == 3 and pieces[2] in (width, None) else None
 
 
 def _zeroes_unattended(guard: ir.Node, core: ir.Value, mask: ir.Value) -> bool:

@@ -84,8 +84,10 @@ def _split(model: ir.Model, gemm: ir.Node) -> ir.Node:
         array = np.asarray(graph.constant(bias), dtype=np.float32) * np.float32(beta)
         if array.shape != (columns,):
             array = np.broadcast_to(array.reshape(-1)[-columns:] if array.size > 1 else array.reshape(-1), (columns,))
-        vector = bias if beta == 1.0 and graph.rank(bias) == 1 else graph.add_initializer(
-            model, f"{bias.name}_vector", np.array(array)
+        vector = (
+            bias
+            if beta == 1.0 and graph.rank(bias) == 1
+            else graph.add_initializer(model, f"{bias.name}_vector", np.array(array))
         )
         add = ir.node("Add", [matmul.outputs[0], vector], name=f"{gemm.name}_bias")
         graph.like(matmul.outputs[0], end)

@@ -68,7 +68,9 @@ class QuantizeWeights:
                 graph.add_initializer(model, f"{layer.name}.weight_scales", scales),
             )
         codes_value, scales_value = shared[layer.weight]
-        dequantize = ir.node("DequantizeLinear", [codes_value, scales_value], {"axis": 1}, name=f"{layer.name}.weight_dq")
+        dequantize = ir.node(
+            "DequantizeLinear", [codes_value, scales_value], {"axis": 1}, name=f"{layer.name}.weight_dq"
+        )
         graph.like(dequantize.outputs[0], layer.weight)
         graph.insert_before(layer.matmul, [dequantize])
         layer.matmul.replace_input_with(1, dequantize.outputs[0])

@@ -12,8 +12,7 @@ model (float[b, s, 2] r, float[b, s, 2] x) => (float[b, s, 2] h)
 def test_the_shift_of_a_residual_goes_into_the_bias_it_meets() -> None:
     result = check_pass(
         FoldShift(),
-        before=HEAD
-        + "{ shifted = Add(r, z)  p = MatMul(x, w)  y = Add(p, b0)  h = Add(shifted, y) }",
+        before=HEAD + "{ shifted = Add(r, z)  p = MatMul(x, w)  y = Add(p, b0)  h = Add(shifted, y) }",
         after=HEAD + "{ p = MatMul(x, w)  y = Add(p, b1)  h = Add(r, y) }",
     )
     assert len(result.rewrites) == 1
@@ -22,7 +21,6 @@ def test_the_shift_of_a_residual_goes_into_the_bias_it_meets() -> None:
 def test_a_layer_read_elsewhere_is_declined() -> None:
     result = check_pass(
         FoldShift(),
-        before=HEAD
-        + "{ shifted = Add(r, z)  p = MatMul(x, w)  y = Add(p, b0)  t = Add(shifted, y)  h = Add(t, y) }",
+        before=HEAD + "{ shifted = Add(r, z)  p = MatMul(x, w)  y = Add(p, b0)  t = Add(shifted, y)  h = Add(t, y) }",
     )
     assert [event.reason for event in result.declined] == ["the layer's output is read elsewhere too"]

@@ -6,7 +6,6 @@ Every contender starts from the same float ONNX file and the same calibration te
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from contenders import (
     Array,
     Built,
     Contender,
-    Failure,
+    StepError,
     Workspace,
     build,
     chosen,
@@ -106,7 +105,7 @@ def measure(contender: Contender, work: Workspace, benchmark: Benchmark, referen
         return row, np.empty(0)
     try:
         answer = run_child(contender, "embed", work)
-    except Failure as failure:
+    except StepError as failure:
         return Row(contender.name, contender.family, contender.settings, built, failure=str(failure)), np.empty(0)
     embeddings = np.load(work.output(contender) / "embeddings.npy")
     cosine = (embeddings * (embeddings if reference is None else reference)).sum(axis=1)
@@ -148,8 +147,8 @@ def report(rows: list[Row], facts: dict[str, str]) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--model", default="minilm", help="minilm, or a Hugging Face folder (default: minilm)")
-    made.add_argument("--data", type=Path, metavar="FILE", help="STS-B sentence pairs: tab-separated, unquoted, score in "
-                      "the fifth column, sentences in the sixth and seventh")  # fmt: skip
+    made.add_argument("--data", type=Path, metavar="FILE", help="STS-B sentence pairs: tab-separated, "
+                      "unquoted, score in the fifth column, sentences in the sixth and seventh")  # fmt: skip
     options = made.parse_args()
     if options.data is None or not options.data.is_file():
         raise SystemExit(
@@ -182,4 +181,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

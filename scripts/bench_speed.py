@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from contenders import (
     Built,
     Contender,
-    Failure,
+    StepError,
     Workspace,
     answer_of,
     build,
@@ -67,11 +66,11 @@ class Server:
     process: subprocess.Popen[str]
     errors: IO[str]
 
-    def receive(self) -> dict[str, float]:
+    def receive(self) -> dict[str, Any]:
         """The next line of the process.
 
         Raises:
-            Failure: it says why it failed, or has died.
+            StepError: it says why it failed, or has died.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -80,7 +79,7 @@ class Server:
         self.errors.seek(0)
         return answer_of(line, self.errors.read(), self.process.returncode)
 
-    def turn(self, shape: str, seconds: float) -> dict[str, float]:
+    def turn(self, shape: str, seconds: float) -> dict[str, Any]:
         """Let it run one shape for at least so many seconds."""
         assert self.process.stdin is not None
         try:
@@ -129,7 +128,7 @@ def measure(
             try:
                 row.load_seconds = server.receive()["load_seconds"]
                 servers.append((row, server))
-            except Failure as failure:
+            except StepError as failure:
                 row.failure = str(failure)
         for shape in shapes:
             for turn in range(options.turns + 1):
@@ -145,7 +144,7 @@ def _take_turn(row: Row, server: Server, shape: str, *, warming: bool) -> None:
         return
     try:
         answer = server.turn(shape, TURN_SECONDS)
-    except Failure as failure:
+    except StepError as failure:
         row.failure = str(failure)
         return
     row.peak_mb = answer["peak_mb"]
@@ -221,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

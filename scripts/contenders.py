@@ -51,7 +51,7 @@ class Workspace:
     @property
     def float_model(self) -> Path:
         """The one float ONNX file that every contender starts from."""
-        return self.folder / "float" / "model.onnx"
+        return self.folder / "exported" / "model.onnx"
 
     @property
     def texts(self) -> Path:
@@ -117,7 +117,7 @@ class Built:
     failure: str | None = None
 
 
-class Failure(Exception):
+class StepError(Exception):
     """A step of a contender failed; the message is the reason for its row."""
 
 
@@ -179,7 +179,7 @@ def _static(*, unsigned: bool = False, **settings: Any) -> Callable[[Workspace, 
 
 
 def _prepared(work: Workspace, out: Path) -> Path:
-    """onnxruntime's documented preparation: shapes inferred and the graph optimized.
+    """Run the documented preparation of onnxruntime: shapes inferred and the graph optimized.
 
     Shape inference needs `auto_merge` on graphs with symbolic dimensions, and the weights inside the file.
     """
@@ -245,12 +245,15 @@ def _scalefold(*options: str) -> Callable[[Workspace, Path], None]:
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise Failure(f"exit code {done.returncode}: {lines[-1]}")
+            raise StepError(f"exit code {done.returncode}: {lines[-1]}")
         for file in (out / "compiled").iterdir():
             file.rename(out / file.name)
 
     return build
 
+
+MATMUL_ONLY: dict[str, Any] = {"unsigned": True, "per_channel": True, "op_types_to_quantize": ["MatMul"]}
+INPUTS_ONLY = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
 
 CONTENDERS = (
     Contender("float", "onnxruntime float", "", keep_float),
@@ -263,17 +266,25 @@ CONTENDERS = (
         timed=False,
     ),
     Contender("static", "quantize_static", "defaults: QDQ, MinMax", _static()),
-    Contender(
-        "static-matmul",
-        "quantize_static",
-        "MatMul only, per_channel, QUInt8 x QInt8",
-        _static(unsigned=True, per_channel=True, op_types_to_quantize=["MatMul"]),
-    ),
+    Contender("static-matmul", "quantize_static", "MatMul only, per_channel, QUInt8 x QInt8", _static(**MATMUL_ONLY)),
     Contender(
         "static-matmul-7bit",
         "quantize_static",
         "MatMul only, per_channel, QUInt8 x QInt8, reduce_range",
-        _static(unsigned=True, per_channel=True, reduce_range=True, op_types_to_quantize=["MatMul"]),
+        _static(**MATMUL_ONLY, reduce_range=True),
+        timed=False,
+    ),
+    Contender(
+        "static-inputs",
+        "quantize_static",
+        "as MatMul only, outputs left in float",
+        _static(**MATMUL_ONLY, extra_options=INPUTS_ONLY),
+    ),
+    Contender(
+        "static-inputs-7bit",
+        "quantize_static",
+        "as MatMul only, outputs left in float, reduce_range",
+        _static(**MATMUL_ONLY, extra_options=INPUTS_ONLY, reduce_range=True),
         timed=False,
     ),
     Contender(
@@ -438,7 +449,7 @@ def interpreter(contender: Contender) -> str:
         for command in ([sys.executable, "-m", "venv", str(BENCH_VENV)], install):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise Failure(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)}")
+                raise StepError(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)}")
         complete.write_text(CONSTRAINTS.read_text())
     return str(python)
 
@@ -452,20 +463,20 @@ def run_child(contender: Contender, step: str, work: Workspace) -> dict[str, Any
     """Run one step in a child and return the JSON it ends with.
 
     Raises:
-        Failure: the child said why it failed, or died.
+        StepError: the child said why it failed, or died.
     """
     done = subprocess.run(command(contender, step, work), capture_output=True, text=True, check=False)
     return answer_of(done.stdout, done.stderr, done.returncode)
 
 
 def answer_of(stdout: str, stderr: str, code: int | None) -> dict[str, Any]:
-    """The JSON object on the last line of a child's output; a `Failure` when it holds one, or there is none."""
+    """The JSON object on the last line of a child's output; a `StepError` when it holds one, or there is none."""
     try:
         answer: dict[str, Any] = json.loads(_last_line(stdout))
     except ValueError:
-        raise Failure(f"the process died with exit code {code}: {_last_line(stderr)}") from None
+        raise StepError(f"the process died with exit code {code}: {_last_line(stderr)}") from None
     if "failure" in answer:
-        raise Failure(str(answer["failure"]))
+        raise StepError(str(answer["failure"]))
     return answer
 
 
@@ -487,7 +498,7 @@ def build(contender: Contender, work: Workspace) -> Built:
         start = time.perf_counter()
         answer = run_child(contender, "build", work)
         built = Built(time.perf_counter() - start, answer["peak_mb"], _size_mb(work.model(contender)))
-    except Failure as failure:
+    except StepError as failure:
         return Built(failure=str(failure))
     record.write_text(json.dumps({"key": key, "built": asdict(built)}))
     return built
@@ -612,7 +623,7 @@ def main(step: str, name: str, folder: str, *arguments: str) -> None:
             serve(contender, work, *map(int, arguments))
     except Exception as error:  # whatever a contender raises is the reason shown in its row
         said = " ".join(str(error).split())[:300]
-        _say(failure=said if isinstance(error, Failure) else f"{type(error).__name__}: {said}")
+        _say(failure=said if isinstance(error, StepError) else f"{type(error).__name__}: {said}")
 
 
 if __name__ == "__main__":
