@@ -254,7 +254,8 @@ def _spooled(feeds: Iterator[Mapping[str, Array]], origin: str, model: ir.Model,
         if count == samples:
             break
         _check_feed(feed, inputs, f"sample {count} of {origin}")
-        np.savez(Path(folder.name) / f"{count}.npz", **{name: np.asarray(feed[name]) for name in inputs})
+        arrays: dict[str, Any] = {name: np.asarray(feed[name]) for name in inputs}
+        np.savez(Path(folder.name) / f"{count}.npz", **arrays)
         count += 1
     if not count:
         raise _empty(origin)

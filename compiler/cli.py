@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, cast
@@ -20,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scalefold.compiler import artifact, evaluate, graph, verify
-from scalefold.compiler.driver import CompileReport, compile_model, open_source, peak_memory, reference_models
+from scalefold.compiler.driver import CompileReport, compile_model, open_source, reference_models
 from scalefold.compiler.errors import InterruptError, ScalefoldError, SourceError
 from scalefold.compiler.recipe import Target, load_recipe, named_recipes
-from scalefold.compiler.runtime import inputs_of
+from scalefold.compiler.runtime import Session, inputs_of
 
 app = typer.Typer(
     name="scalefold",
@@ -244,7 +243,7 @@ def _sts(folder: Path, data: Path, against: str | None, progress: Callable[..., 
     facts: dict[str, float | int | str] = {"pairs": len(pairs), "spearman": evaluate.spearman(pairs, got)}
     if against is not None:
         with open_source(against, progress=progress) as original, progress("embedding in float", steps) as advance:
-            wanted = evaluate.embed(evaluate.Session(original), tokenizer, sentences, advance)
+            wanted = evaluate.embed(Session(original), tokenizer, sentences, advance)
         cosines = (wanted * got).sum(axis=1)
         facts |= {"float_spearman": evaluate.spearman(pairs, wanted)}
         facts |= {"mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min())}
@@ -348,10 +347,6 @@ def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str) -> None:
 
 def _print_json(facts: dict[str, Any]) -> None:
     print(json.dumps(facts, indent=2, default=str))
-
-
-def _version() -> str:
-    return version("scalefold")
 
 
 if __name__ == "__main__":

@@ -384,10 +384,7 @@ def _open(source: object, folder: Path, task: str | None, clock: _Clock, progres
 
 def _opened(name: str, path: Path, model: ir.Model, manifest: dict[str, Any] | None) -> _Source:
     unknown = unsupported_ops(model)
-    if unknown:
-        notes = [f"operators unknown to onnxruntime's CPU are passed around: {', '.join(unknown)}"]
-    else:
-        notes = []
+    notes = [f"operators unknown to onnxruntime's CPU are passed around: {', '.join(unknown)}"] if unknown else []
     tensors = [value.const_value for value in model.graph.initializers.values()]
     data = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     size = sum(file.stat().st_size for file in (path, *data))

@@ -72,6 +72,12 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
     return default if found is None else found.value
 
 
+def whole_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a constant."""
+    assert value.shape is not None
+    return tuple(size for size in value.shape if isinstance(size, int))
+
+
 def rank(value: ir.Value | None) -> int | None:
     """The number of dimensions of a value, when known."""
     return None if value is None or value.shape is None else len(value.shape)
@@ -170,8 +176,8 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N) of the weight."""
-        k, n = self.weight.shape or ()
-        return int(k), int(n)
+        k, n = whole_shape(self.weight)
+        return k, n
 
     def weights(self) -> npt.NDArray[np.float32]:
         """The weight as a float32 array [K, N]."""

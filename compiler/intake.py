@@ -75,7 +75,7 @@ def clean(model: ir.Model, where: str) -> ir.Model:
     try:
         surgeon = gs.import_onnx(proto)
         surgeon.fold_constants(error_ok=True).cleanup(remove_unused_graph_inputs=False).toposort()
-        cleaned = ir.from_proto(gs.export_onnx(surgeon))
+        cleaned: ir.Model = ir.from_proto(gs.export_onnx(surgeon))
     except Exception as error:  # graphsurgeon lets errors of any kind through
         raise GraphError(
             f"onnx-graphsurgeon cannot clean the graph up ({' '.join(str(error).split())[:200]})",

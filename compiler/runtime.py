@@ -120,7 +120,7 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
                 continue
         arrays[name] = np.asarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(
-            "by-reference", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            "by-reference", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name
         )
     proto = ir.to_proto(copy)
     assert isinstance(proto, onnx.ModelProto)

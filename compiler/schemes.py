@@ -63,7 +63,7 @@ class Affine:
     def quantize(self, x: Float) -> npt.NDArray[np.uint8]:
         """Codes of `x`, any shape, rounded half to even and clamped."""
         codes = np.rint(x / np.float32(self.scale)) + np.float32(self.zero_point)
-        return np.clip(codes, 0, self.largest_code).astype(np.uint8)
+        return np.asarray(np.clip(codes, 0, self.largest_code), dtype=np.uint8)
 
     def dequantize(self, codes: npt.NDArray[np.uint8]) -> Float:
         """The float32 values that `codes` stand for."""

@@ -81,7 +81,7 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         weight, codes = _weight_of(node)
         if weight is None:
             continue
-        shape = tuple(int(size) for size in weight.shape or ())
+        shape = graph.whole_shape(weight)
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
         found = by_weight.get(weight.name or "") or _by_node_name(optimized, node)
@@ -277,7 +277,12 @@ def saturating_layers(model: ir.Model) -> list[str]:
     for node in graph.nodes(model, *LINEAR_OPS):
         weight, codes = _weight_of(node)
         array = graph.constant(weight) if weight is not None and codes else None
-        if array is not None and array.dtype == np.int8 and array.ndim == 2 and schemes.can_saturate(array):
+        if (
+            array is not None
+            and array.dtype == np.int8
+            and array.ndim == 2
+            and schemes.can_saturate(array.astype(np.int8))
+        ):
             found.append(node.name or "")
     return found
 

@@ -65,7 +65,7 @@ class Walk:
 
         Args:
             selected: the nodes, in graph order.
-            free: activations or initializers that the caller feeds, under their own names.
+            free: activations that the caller feeds, under their own names; float32 where the graph does not say.
             end: the output.
 
         Returns:
@@ -78,9 +78,6 @@ class Walk:
             for entry in node.inputs
             if entry is not None and entry not in inside and entry not in free and not entry.is_initializer()
         }
-        for entry in (*outer, *free):
-            if not entry.is_initializer():
-                self.value(entry)
         given = {entry.name or "": self.value(entry) for entry in outer}
         piece, _ = self._extract(selected, set(free), [end], redirect=False)
         return Session(piece), [{name: arrays[index] for name, arrays in given.items()} for index in range(self._count)]
@@ -113,14 +110,16 @@ class Walk:
                 del self._live[stand_in], self._seen_by[value, node]
         kept = set(self._seen_by.values())
         for value in list(self._live):
-            if value not in kept and not value.is_graph_output() and value.uses():
-                if all(use.node in self._done for use in value.uses()):
-                    del self._live[value]
+            readers = [use.node for use in value.uses()]
+            if readers and value not in kept and not value.is_graph_output() and self._done.issuperset(readers):
+                del self._live[value]
 
     def _type_of(self, value: ir.Value) -> ir.TypeProtocol | None:
         """A value's type; foreign graphs may not say it, and then the arrays do."""
         arrays = self._live.get(value)
-        return ir.TensorType(ir.DataType.from_numpy(arrays[0].dtype)) if arrays else value.type
+        if arrays:
+            return ir.TensorType(ir.DataType.from_numpy(arrays[0].dtype))
+        return value.type or ir.TensorType(ir.DataType.FLOAT)
 
     def _extract(
         self, selected: Sequence[ir.Node], free: set[ir.Value], outputs: Sequence[ir.Value], *, redirect: bool

@@ -131,7 +131,7 @@ def _bars_with_infinity(mask: ir.Value) -> bool:
 def _scores(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None, float]:
     """(product, mask, factor) of factor * product + mask."""
     add = graph.producer(value, "Add")
-    candidates = [(value, None)]
+    candidates: list[tuple[ir.Value | None, ir.Value | None]] = [(value, None)]
     if add is not None:
         candidates = [(add.inputs[0], add.inputs[1]), (add.inputs[1], add.inputs[0])]
     for scaled, mask in candidates:
@@ -268,7 +268,7 @@ def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool], i
         return masks[mask, core.guarded]
     result, new = mask, []
     if not core.guarded:
-        lowest = graph.add_initializer(model, "attention_mask.lowest", np.float32(NEARLY_LOWEST).reshape(()))
+        lowest = graph.add_initializer(model, "attention_mask.lowest", np.array(NEARLY_LOWEST, dtype=np.float32))
         new.append(ir.node("Max", [mask, lowest], name="attention_mask.raised"))
         result = graph.like(new[-1].outputs[0], mask)
     if mask.shape is None or mask.shape[2] == 1:

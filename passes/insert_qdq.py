@@ -63,12 +63,12 @@ class InsertQdq:
 def quantize_input(model: ir.Model, x: ir.Value, readers: list[ir.Node], affine: Affine) -> None:
     """Let `readers` read `x` through a quantizer of their own; its constants are named after the first reader."""
     name = readers[0].name or x.name or "activation"
-    scale = graph.add_initializer(model, f"{name}.input_scale", np.float32(affine.scale).reshape(()))
-    zero = graph.add_initializer(model, f"{name}.input_zero_point", np.uint8(affine.zero_point).reshape(()))
+    scale = graph.add_initializer(model, f"{name}.input_scale", np.array(affine.scale, dtype=np.float32))
+    zero = graph.add_initializer(model, f"{name}.input_zero_point", np.array(affine.zero_point, dtype=np.uint8))
     source, new = x, []
     if affine.bits < 8:
         bounds = [
-            graph.add_initializer(model, f"{name}.input_{side}", np.float32(bound).reshape(()))
+            graph.add_initializer(model, f"{name}.input_{side}", np.array(bound, dtype=np.float32))
             for side, bound in (("low", affine.low), ("high", affine.high))
         ]
         new.append(ir.node("Clip", [x, *bounds], name=f"{name}.input_clip"))

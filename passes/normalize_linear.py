@@ -68,15 +68,15 @@ def _obstacle(gemm: ir.Node) -> str | None:
 def _split(model: ir.Model, gemm: ir.Node) -> ir.Node:
     x, source = gemm.inputs[0], gemm.inputs[1]
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    weight = graph.constant(source)
-    assert weight is not None and source is not None
+    assert source is not None
+    weight = np.asarray(graph.constant(source), dtype=np.float32)
     alpha, beta = graph.attribute(gemm, "alpha", 1.0), graph.attribute(gemm, "beta", 1.0)
     assert isinstance(alpha, float) and isinstance(beta, float)
     if graph.attribute(gemm, "transB", 0) or alpha != 1.0:
         oriented = weight.T if graph.attribute(gemm, "transB", 0) else weight
         scaled = np.asarray(oriented * np.float32(alpha) if alpha != 1.0 else oriented, dtype=np.float32)
         source = graph.add_initializer(model, f"{source.name}_columns", scaled)
-    columns = source.shape[1] if source.shape is not None else None
+    columns = graph.whole_shape(source)[1]
     matmul = ir.node("MatMul", [x, source], name=gemm.name, metadata_props=dict(gemm.metadata_props))
     new = [matmul]
     end = gemm.outputs[0]

@@ -74,9 +74,8 @@ class QuantizeWeights:
         graph.like(dequantize.outputs[0], layer.weight)
         graph.insert_before(layer.matmul, [dequantize])
         layer.matmul.replace_input_with(1, dequantize.outputs[0])
-        codes, scales = graph.constant(codes_value), graph.constant(scales_value)
-        assert codes is not None and scales is not None
+        rounded = np.asarray(graph.constant(codes_value), dtype=np.float32) * np.asarray(graph.constant(scales_value))
         weight = layer.weights()
-        noise = np.square(weight - codes.astype(np.float32) * scales, dtype=np.float64).sum()
+        noise = np.square(weight - rounded, dtype=np.float64).sum()
         signal = np.square(weight, dtype=np.float64).sum()
         return {"weight_sqnr_db": float(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)))}

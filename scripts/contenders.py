@@ -388,6 +388,7 @@ def _source(model: str, folder: Path) -> Path:
 def encode(work: Workspace, texts: list[str]) -> list[Feed]:
     """One feed per text, at most `SEQUENCE` tokens each."""
     import onnx_ir as ir
+
     from scalefold.compiler.calibrate import TextEncoder
 
     encoder = TextEncoder(work.float_model.with_name("tokenizer.json"), ir.load(work.float_model), SEQUENCE)
