@@ -16,6 +16,11 @@ from scalefold.passes.migrate_outliers import MigrateOutliers, channel_range, sc
 from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.quantize_weights import QuantizeWeights
 
+
+def floats(values: object) -> Float:
+    return np.asarray(values, dtype=np.float32)
+
+
 SHIFT_ONLY = MigrateOutliers(scale=False)
 
 
@@ -27,12 +32,12 @@ def constant(name: str, array: object) -> str:
 
 
 # A normalization over two channels gives plus or minus 1, so ranges are beta - gamma and beta + gamma exactly.
-GAMMA, BETA, BIAS = np.float32([2, 1]), np.float32([10, -3]), np.float32([1, 0, -1])
-WEIGHT = np.float32([[1, 2, 3], [4, 5, 6]])
+GAMMA, BETA, BIAS = floats([2, 1]), floats([10, -3]), floats([1, 0, -1])
+WEIGHT = floats([[1, 2, 3], [4, 5, 6]])
 HAND = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, s, 2] x%s) => (float[b, s, %s] y%s)
 """
-TOKENS: list[Feed] = [{"x": np.float32([[[0, 1], [1, 0]]])}, {"x": np.float32([[[3, 4], [7, 2]]])}]
+TOKENS: list[Feed] = [{"x": floats([[[0, 1], [1, 0]]])}, {"x": floats([[[3, 4], [7, 2]]])}]
 NORM = "n = LayerNormalization<axis = -1, epsilon = 0.0>(x, gamma, beta)"
 PLAIN_NORM = "n = LayerNormalization<axis = -1, epsilon = 0.0>(x, gamma)"
 LAYER = "[fc] p = MatMul(n, w)  y = Add(p, c)"
@@ -70,7 +75,7 @@ def test_a_shift_moves_the_middle_of_each_channel_into_the_bias() -> None:
 def test_a_scale_divides_the_gain_and_multiplies_the_rows_of_the_weight() -> None:
     before = hand(f"{NORM} {LAYER}")
     (event,) = check_pass(MigrateOutliers(), before=before, feeds=TOKENS).rewrites
-    s = scales_for(float(event.figures["threshold"]), np.float32([-2, -1]), np.float32([2, 1]))
+    s = scales_for(float(event.figures["threshold"]), floats([-2, -1]), floats([2, 1]))
     assert s[0] > 1
     assert event.figures["channels_scaled"] == int((s > 1).sum())
     changed = {"gamma": GAMMA / s, "beta": [0, 0], "w": WEIGHT * s[:, None], "c": BIAS + BETA @ WEIGHT}
@@ -80,8 +85,8 @@ def test_a_scale_divides_the_gain_and_multiplies_the_rows_of_the_weight() -> Non
 def test_without_a_shift_only_the_scale_is_moved() -> None:
     before = hand(f"{NORM} {LAYER}", constants={"beta": [0, 0], "gamma": [50, 1]})
     (event,) = check_pass(MigrateOutliers(shift=False), before=before, feeds=TOKENS).rewrites
-    s = scales_for(float(event.figures["threshold"]), np.float32([-50, -1]), np.float32([50, 1]))
-    changed = {"beta": [0, 0], "gamma": np.float32([50, 1]) / s, "w": WEIGHT * s[:, None]}
+    s = scales_for(float(event.figures["threshold"]), floats([-50, -1]), floats([50, 1]))
+    changed = {"beta": [0, 0], "gamma": floats([50, 1]) / s, "w": WEIGHT * s[:, None]}
     check_pass(
         MigrateOutliers(shift=False), before=before, after=hand(f"{NORM} {LAYER}", constants=changed), feeds=TOKENS
     )
@@ -105,11 +110,11 @@ def test_a_layer_without_bias_gets_one() -> None:
 
 def test_a_normalization_without_bias_gets_one() -> None:
     # The second feed's outlier is needed: without a bias two channels alone are centred already.
-    feeds: list[Feed] = [{"x": np.float32([[[0, 1], [0, 3]]])}]
+    feeds: list[Feed] = [{"x": floats([[[0, 1], [0, 3]]])}]
     check_pass(
         SHIFT_ONLY,
         before=hand(f"{PLAIN_NORM} {LAYER}"),
-        after=hand(f"{NORM} {LAYER}", constants={"beta": [2, -1], "c": BIAS + np.float32([-2, 1]) @ WEIGHT}),
+        after=hand(f"{NORM} {LAYER}", constants={"beta": [2, -1], "c": BIAS + floats([-2, 1]) @ WEIGHT}),
         feeds=feeds,
     )
 
@@ -121,7 +126,7 @@ def test_a_normalization_without_bias_that_is_only_scaled_stays_without() -> Non
 
 
 def test_a_residual_connection_gets_the_shift_back() -> None:
-    square = np.float32([[1, 2], [4, 5]])
+    square = floats([[1, 2], [4, 5]])
     body = f"{NORM} [fc] p = MatMul(n, w)  q = Add(p, c) "
     check_pass(
         SHIFT_ONLY,
@@ -129,14 +134,14 @@ def test_a_residual_connection_gets_the_shift_back() -> None:
         after=hand(
             f"{NORM} back = Add(n, z)  [fc] p = MatMul(n, w)  q = Add(p, c)  y = Add(back, q)",
             width=2,
-            constants={"w": square, "c": np.float32([1, 0]) + BETA @ square, "beta": [0, 0], "z": BETA},
+            constants={"w": square, "c": floats([1, 0]) + BETA @ square, "beta": [0, 0], "z": BETA},
         ),
         feeds=TOKENS,
     )
 
 
 def test_a_residual_connection_gets_scale_and_shift_back() -> None:
-    square, gamma = np.float32([[1, 2], [4, 5]]), np.float32([50, 1])
+    square, gamma = floats([[1, 2], [4, 5]]), floats([50, 1])
     usual = {"w": square, "c": [1, 0], "gamma": gamma}
     before = hand(f"{NORM} [fc] p = MatMul(n, w)  q = Add(p, c)  y = Add(n, q)", width=2, constants=usual)
     (event,) = check_pass(MigrateOutliers(), before=before, feeds=TOKENS).rewrites
@@ -146,7 +151,7 @@ def test_a_residual_connection_gets_scale_and_shift_back() -> None:
         "gamma": gamma / s,
         "beta": [0, 0],
         "w": square * s[:, None],
-        "c": np.float32([1, 0]) + BETA @ square,
+        "c": floats([1, 0]) + BETA @ square,
         "s1": s,
         "z": BETA,
     }
@@ -176,14 +181,14 @@ def test_padding_counts_neither_for_the_shift_nor_for_the_scale() -> None:
     inputs = ", int64[b, s] attention_mask"
     body = f"{NORM} {LAYER} used = Identity(attention_mask)"
     text = hand(body, inputs=inputs, outputs=", int64[b, s] used")
-    padded = np.float32([[[0, 1], [1, 0], [5, 5]]])  # the last token normalizes to 0, so its output is beta
-    feeds: list[Feed] = [{"x": padded, "attention_mask": np.int64([[1, 0, 1]])}]
+    padded = floats([[[0, 1], [1, 0], [5, 5]]])  # the last token normalizes to 0, so its output is beta
+    feeds: list[Feed] = [{"x": padded, "attention_mask": np.array([[1, 0, 1]])}]
     (event,) = check_pass(SHIFT_ONLY, before=text.replace("epsilon = 0.0", "epsilon = 1e-12"), feeds=feeds).rewrites
     shift = event.node.inputs[2]
     assert shift is not None
     assert shift.const_value is not None
     # Tokens give (8, -2) and (10, -3); with padding the middle would be (10, -3).
-    np.testing.assert_allclose(shift.const_value.numpy(), BETA - np.float32([9, -2.5]), atol=1e-5)
+    np.testing.assert_allclose(shift.const_value.numpy(), BETA - floats([9, -2.5]), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +241,8 @@ def test_a_layer_behind_anything_else_than_a_normalization_is_passed_over() -> N
 
 
 def test_the_range_of_a_channel_leaves_padding_out() -> None:
-    batches: list[Array] = [np.float32([[[1, -5], [3, 2]], [[0, 0], [99, -99]]]), np.float32([[[2, 7]]])]
-    low, high = channel_range(batches, [np.int64([[1, 1], [1, 0]]), None])
+    batches: list[Array] = [floats([[[1, -5], [3, 2]], [[0, 0], [99, -99]]]), floats([[[2, 7]]])]
+    low, high = channel_range(batches, [np.array([[1, 1], [1, 0]]), None])
     assert low.tolist() == [0, -5]
     assert high.tolist() == [3, 7]
 
@@ -254,7 +259,7 @@ def test_the_range_of_a_channel_leaves_padding_out() -> None:
 def test_scales_follow_equation_8_on_both_sides(
     threshold: float, low: list[float], high: list[float], expected: list[float]
 ) -> None:
-    assert scales_for(threshold, np.float32(low), np.float32(high)).tolist() == expected
+    assert scales_for(threshold, floats(low), floats(high)).tolist() == expected
 
 
 @pytest.mark.parametrize(("largest", "count", "lowest"), [(80.0, 160, 1.0), (3.0, 100, 1.0), (0.5, 100, 0.05)])
@@ -267,8 +272,8 @@ def test_thresholds_walk_down_from_the_largest_value(largest: float, count: int,
 
 
 def test_of_equal_losses_the_larger_threshold_wins() -> None:
-    assert search(lambda t: 1.0, np.float32([4, 3, 2, 1]), stride=1) == 0
-    assert search(lambda t: abs(t - 2.5), np.float32([4, 3, 2, 1]), stride=1) == 1
+    assert search(lambda t: 1.0, floats([4, 3, 2, 1]), stride=1) == 0
+    assert search(lambda t: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == 1
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 200])

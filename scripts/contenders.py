@@ -540,8 +540,8 @@ def load(contender: Contender, model: Path, threads: int) -> tuple[Callable[[Fee
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # Threads spin within a run, as they do by default, and rest between runs, when another contender has its turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Spinning threads would take time from whoever has the next turn, and on a shared machine from each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names, first = {entry.name for entry in session.get_inputs()}, session.get_outputs()[0].name
     return lambda feed: np.asarray(
