@@ -60,6 +60,9 @@ def compile_command(
     target: Annotated[
         str | None, typer.Option(help="onnxruntime-cpu (fused operators, the default) or qdq (standard ONNX only).")
     ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to quantize; may be repeated; default: all.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers to leave in float; may be repeated.")
     ] = None,
@@ -81,6 +84,7 @@ def compile_command(
             samples=samples,
             task=task,
             target=cast(Target | None, target),
+            include=include or (),
             exclude=exclude or (),
             allow_float=allow_float or (),
             dry_run=dry_run,

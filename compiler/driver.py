@@ -23,10 +23,21 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.calibrate import Calibration
-from scalefold.compiler.errors import CalibrationError, GraphError, RecipeError, SourceError
+from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import clean, read_onnx
-from scalefold.compiler.protocol import Context, Pass, PassResult, Pipeline, Progress, Requests, missing_facts, silent
+from scalefold.compiler.protocol import (
+    Context,
+    Pass,
+    PassResult,
+    Pipeline,
+    Progress,
+    Requests,
+    missing_facts,
+    refusals,
+    select,
+    silent,
+)
 from scalefold.compiler.recipe import Recipe, Target, load_recipe
 from scalefold.compiler.runtime import Array, Feed, Session, unsupported_ops
 from scalefold.compiler.stats import Statistic
@@ -142,6 +153,7 @@ def compile_model(
     samples: int | None = None,
     task: str | None = None,
     target: Target | None = None,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_float: Sequence[str] = (),
     dry_run: bool = False,
@@ -157,6 +169,7 @@ def compile_model(
         samples: overrides the recipe's number of samples.
         task: for Hugging Face models; found from the config when None.
         target: overrides the recipe's.
+        include: regular expressions of layers to quantize, besides the recipe's; all layers when there are none.
         exclude: regular expressions of layers to leave in float, besides the recipe's.
         allow_float: regular expressions of layers that may miss their integer kernel.
         dry_run: only open the model, and say what would be done.
@@ -165,7 +178,7 @@ def compile_model(
     Raises:
         ScalefoldError: one sentence that says what is wrong, where, and what would help.
     """
-    plan = _with_overrides(load_recipe(recipe), samples, target, exclude)
+    plan = _with_overrides(load_recipe(recipe), samples, target, include, exclude)
     pipeline = _pipeline(plan)
     place = None if output is None or dry_run else Path(output).absolute()
     if place is not None:
@@ -177,9 +190,9 @@ def compile_model(
         opened = _open(source, scratch / "float", task, clock, progress)
         run = _Run(plan, opened, progress, clock)
         run.apply(pipeline.normalize)
-        _require_layers(opened)
+        planned = _planned(opened, plan, allow_float)
         if dry_run:
-            return run.estimate()
+            return run.estimate(planned)
         run.calibrate(calibration)
         run.apply(pipeline.transform)
         run.apply(pipeline.quantize)
@@ -278,9 +291,8 @@ class _Run:
         artifact.publish(stage, place)
         return report
 
-    def estimate(self) -> CompileReport:
-        """What a dry run says: the layers, and the size to expect."""
-        layers = graph.linear_layers(self.source.model)
+    def estimate(self, layers: Sequence[graph.Linear]) -> CompileReport:
+        """What a dry run says: the layers that would be quantized, and the size to expect."""
         saved = sum(4 * k * n - k * n - 4 * n for k, n in (layer.shape for layer in layers))
         if self.recipe.embeddings is not None:
             tables = {node.inputs[0] for node in graph.nodes(self.source.model, "Gather")}
@@ -333,8 +345,10 @@ class _Run:
         artifact.write_json(stage / artifact.MANIFEST, manifest)
 
 
-def _with_overrides(recipe: Recipe, samples: int | None, target: Target | None, exclude: Sequence[str]) -> Recipe:
-    changes: dict[str, Any] = {"exclude": (*recipe.exclude, *exclude)}
+def _with_overrides(
+    recipe: Recipe, samples: int | None, target: Target | None, include: Sequence[str], exclude: Sequence[str]
+) -> Recipe:
+    changes: dict[str, Any] = {"include": (*recipe.include, *include), "exclude": (*recipe.exclude, *exclude)}
     if target is not None:
         changes["target"] = target
     if samples is not None:
@@ -401,13 +415,25 @@ def open_source(source: object, *, task: str | None = None, progress: Progress =
         yield opened.model
 
 
-def _require_layers(source: _Source) -> None:
-    if not graph.linear_layers(source.model):
+def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> list[graph.Linear]:
+    """The linear layers that the recipe quantizes; finds faults in patterns before any work is done."""
+    layers = graph.linear_layers(source.model)
+    if not layers:
         raise GraphError(
             "the graph has no linear layer (a MatMul or Gemm with a constant float32 weight)",
             where=source.name,
             remedy="give a float transformer; a model that is quantized already cannot be quantized again",
         )
+    names = [layer.name for layer in layers]
+    select(allow_float, names, what="allow-float")
+    left = refusals(names, recipe.include, recipe.exclude)
+    if len(left) == len(layers):
+        raise PatternError(
+            f"they leave all {len(layers)} linear layers in float",
+            where="include and exclude patterns",
+            remedy="exclude fewer layers",
+        )
+    return [layer for layer in layers if layer.name not in left]
 
 
 def _context(used: Calibration, search_samples: int, original: ir.Model, progress: Progress) -> Context:

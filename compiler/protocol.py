@@ -150,6 +150,23 @@ def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> froze
     return frozenset(chosen)
 
 
+def refusals(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
+    """The layers that a recipe leaves in float, each with the reason.
+
+    Args:
+        names: all linear layers.
+        include: patterns of layers to quantize; all when empty.
+        exclude: patterns of layers to leave.
+
+    Raises:
+        PatternError: a pattern is not a regular expression, or matches nothing.
+    """
+    included = select(include, names, what="include") if include else frozenset(names)
+    excluded = select(exclude, names, what="exclude")
+    left = {name: "not included by the recipe" for name in names if name not in included}
+    return left | dict.fromkeys(sorted(excluded), "excluded by the recipe")
+
+
 def missing_facts(candidate: Pass, model: ir.Model) -> Iterator[Fact]:
     """The facts that a pass requires and `model` does not have."""
     return (fact for fact in sorted(candidate.requires, key=lambda fact: fact.name) if not fact.holds(model))

@@ -69,6 +69,7 @@ class Recipe(_Section):
     migration: Migration | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     target: Target = "onnxruntime-cpu"
+    include: tuple[str, ...] = Field((), description="regular expressions of layers to quantize; empty means all")
     exclude: tuple[str, ...] = Field((), description="regular expressions of layers to leave in float")
 
 

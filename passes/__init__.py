@@ -50,7 +50,7 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
 def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
     activations = recipe.activations
     passes: list[Pass] = [
-        QuantizeWeights(bits=recipe.weights.bits, activation_bits=activations.bits, exclude=recipe.exclude),
+        QuantizeWeights(recipe.weights.bits, activations.bits, recipe.include, recipe.exclude),
         InsertQdq(bits=activations.bits),
     ]
     if activations.clipping:

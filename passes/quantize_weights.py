@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.facts import Fact
-from scalefold.compiler.protocol import Context, Contract, Event, PassResult, select
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class QuantizeWeights:
     Attributes:
         bits: 2 to 8, in an 8-bit container.
         activation_bits: bits of the activations that the weights will meet.
+        include: regular expressions of layers to quantize; all when empty.
         exclude: regular expressions of layers to leave in float.
     """
 
@@ -36,18 +37,19 @@ class QuantizeWeights:
 
     bits: int = 8
     activation_bits: int = 8
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize every linear layer; decline the excluded ones."""
         layers = graph.linear_layers(model)
-        excluded = select(self.exclude, [layer.name for layer in layers], what="exclude")
+        left = refusals([layer.name for layer in layers], self.include, self.exclude)
         shared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         rewrites, declined = [], []
         with ctx.progress("quantizing weights", len(layers)) as advance:
             for layer in layers:
-                if layer.name in excluded:
-                    declined.append(Event(layer.matmul, "excluded by the recipe"))
+                if layer.name in left:
+                    declined.append(Event(layer.matmul, left[layer.name]))
                 else:
                     figures = self._quantize(model, layer, shared)
                     rewrites.append(Event(layer.matmul, f"int{self.bits} per column", figures))

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from scalefold.compiler.testing import check_pass
+from scalefold.passes.quantize_bias import QuantizeBias
+
+# Bias steps are the activation's 0.5 times the columns' 0.5, 0.25 and 2: 0.25, 0.125 and 1.
+CONSTANTS = """
+<int8[2, 3] codes = {1, 2, 3, 4, -5, 6}, float[3] scales = {0.5, 0.25, 2.0}, float s = {0.5}, uint8 z = {3},
+ float[3] c = {1.0, -1.0, 7.0}, int32[3] bias_codes = {4, -8, 7}, float[3] steps = {0.25, 0.125, 1.0},
+ float number = {1.0}, float[2, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
+"""
+FLAT = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[m, 2] q) => (float[m, 3] y)' + CONSTANTS
+STATIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[2, 64, 2] q) => (float[2, 64, 3] y)' + CONSTANTS
+DYNAMIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[b, s, 2] q) => (float[b, s, 3] y)' + CONSTANTS
+PRODUCT = "x = DequantizeLinear(q, s, z)  d = DequantizeLinear<axis = 1>(codes, scales)  [fc] p = MatMul(x, d)"
+BIAS = "k = DequantizeLinear<axis = 0>(bias_codes, steps)"
+
+
+@pytest.mark.parametrize("head", [FLAT, STATIC], ids=["two dimensions", "static"])
+@pytest.mark.parametrize("add", ["y = Add(p, %s)", "y = Add(%s, p)"], ids=["bias last", "bias first"])
+def test_a_bias_that_would_be_fused_to_float_gemm_becomes_int32(head: str, add: str) -> None:
+    result = check_pass(
+        QuantizeBias(),
+        before=head + f"{{ {PRODUCT} {add % 'c'} }}",
+        after=head + f"{{ {PRODUCT} {BIAS} {add % 'k'} }}",
+    )
+    assert [(event.where, event.reason) for event in result.rewrites] == [("fc", "int32 bias")]
+
+
+def test_a_bias_beyond_the_integers_is_held_at_their_end() -> None:
+    huge = FLAT.replace("c = {1.0, -1.0, 7.0}", "c = {1.0e9, -1.0e9, 7.0}").replace(
+        "{4, -8, 7}", "{2147483647, -2147483648, 7}"
+    )
+    result = QuantizeBias
+    with pytest.raises(AssertionError, match="SQNR"):
+        check_pass(result(), before=huge + f"{{ {PRODUCT} y = Add(p, c) }}")
+
+
+def test_a_bias_that_another_node_reads_too_stays_for_it() -> None:
+    check_pass(
+        QuantizeBias(),
+        before=FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, c) }}",
+        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k)  y = Mul(h, c) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(DYNAMIC + f"{{ {PRODUCT} y = Add(p, c) }}", id="three dimensions, some of them dynamic"),
+        pytest.param(FLAT.replace("q)", "q, float[3] v)") + f"{{ {PRODUCT} y = Add(p, v) }}", id="a bias that is fed"),
+        pytest.param(FLAT + f"{{ {PRODUCT} y = Identity(p) }}", id="no bias"),
+        pytest.param(FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, p) }}", id="a product read elsewhere"),
+    ],
+)
+def test_other_biases_stay_float(before: str) -> None:
+    assert not check_pass(QuantizeBias(), before=before, after=before).changed
+
+
+def test_a_float_layer_beside_a_quantized_one_keeps_its_bias() -> None:
+    float_layer = "f = MatMul(x, w)  g = Add(f, c)"
+    check_pass(
+        QuantizeBias(),
+        before=FLAT + f"{{ {PRODUCT} h = Add(p, c) {float_layer} y = Add(h, g) }}",
+        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k) {float_layer} y = Add(h, g) }}",
+    )
+
+
+def test_a_layer_whose_activation_is_float_keeps_its_bias() -> None:
+    more = "a = Cast<to = 1>(q)  e = DequantizeLinear<axis = 1>(codes, scales)  f = MatMul(a, e)  g = Add(f, c)"
+    check_pass(
+        QuantizeBias(),
+        before=FLAT + f"{{ {PRODUCT} h = Add(p, c) {more} y = Add(h, g) }}",
+        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k) {more} y = Add(h, g) }}",
+    )
+
+
+def test_a_bias_of_one_number_stays_the_same_function() -> None:
+    check_pass(QuantizeBias(), before=FLAT + f"{{ {PRODUCT} y = Add(p, number) }}")
+
+
+def test_a_weight_with_one_scale_stays_the_same_function() -> None:
+    per_tensor = PRODUCT.replace("DequantizeLinear<axis = 1>(codes, scales)", "DequantizeLinear(codes, s)")
+    check_pass(QuantizeBias(), before=FLAT + f"{{ {per_tensor} y = Add(p, c) }}")
+
+
+def test_a_zero_scale_column_of_the_bias_is_no_obstacle_to_the_others() -> None:
+    check_pass(
+        QuantizeBias(),
+        before=FLAT.replace("c = {1.0, -1.0, 7.0}", "c = {0.0, -1.0, 7.0}") + f"{{ {PRODUCT} y = Add(p, c) }}",
+    )
