@@ -11,7 +11,7 @@ from scalefold.passes.quantize_weights import QuantizeWeights
 # Each column's largest weight is 127 steps, and no pair of rows can saturate: the codes are the weights over the step.
 HEAD = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, s, 3] x) => (float[b, s, 2] y)
-<float[3, 2] w = {127.0, 0.5, 0.4, -63.5, -100.0, 0.25}, int8[3, 2] codes = {127, 1, 0, -127, -100, 0},
+<float[3, 2] w = {127.0, 0.5, -0.4, -63.5, -100.0, 0.25}, int8[3, 2] codes = {127, 1, 0, -127, -100, 0},
  float[2] scales = {1.0, 0.5}, float[2, 2] u = {127.0, 0.0, -1.0, 127.0}, int8[2, 2] u_codes = {127, 0, -1, 127},
  float[2] ones = {1.0, 1.0}, float[2] c = {1.0, -1.0}>
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from scalefold.compiler.calibrate import Calibration, calibration_from, collect
 from scalefold.compiler.driver import open_source
 from scalefold.compiler.protocol import Context
@@ -47,7 +48,7 @@ def draw(layer: str, before: ChannelRange, after: ChannelRange) -> str:
     panels = [panel(0, "before", before, "#c0392b"), panel(1, "after migration", after, "#2471a3")]
     title = f"all-MiniLM-L6-v2: range of each channel at the input of {layer}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + TOP}" font-family="sans-serif" font-size="12">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + TOP}" font-family="sans-serif">'
         f'<rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="18" font-size="14">{title}</text>'
         f"{''.join(panels)}</svg>\n"
     )
