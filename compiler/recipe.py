@@ -31,6 +31,7 @@ class Activations(_Section):
     clipping: float = Field(
         0.0, ge=0, lt=1, description="largest share of tokens that token-wise clipping may cut; 0 keeps min-max"
     )
+    clipping_refine: bool = Field(True, description="let each activation then try a few clipping ratios of its own")
     clipping_step: float = Field(0.01, gt=0, lt=1, description="step of the clipping search")
 
 

@@ -54,7 +54,9 @@ def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
         InsertQdq(bits=activations.bits),
     ]
     if activations.clipping:
-        passes.append(ClipRanges(activations.clipping, activations.clipping_step, activations.bits))
+        passes.append(
+            ClipRanges(activations.clipping, activations.clipping_step, activations.bits, activations.clipping_refine)
+        )
     if recipe.embeddings is not None:
         passes.append(QuantizeEmbeddings(bits=recipe.embeddings.bits))
     return tuple(passes)

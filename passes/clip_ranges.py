@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,21 +18,27 @@ from scalefold.compiler.schemes import Affine
 from scalefold.compiler.stats import TokenRange
 
 
+REFINED_SHARES = (0.0, 0.01, 0.05, 0.12)
+"""Shares of tokens to clip that the refinement tries at each quantizer, besides the one that all share."""
+
+
 @dataclass(frozen=True)
 class ClipRanges:
-    """Choose one clipping ratio for all activation quantizers by the error of the graph's outputs.
+    """Choose how much each activation quantizer clips, by the error of the graph's outputs.
 
     before:  QuantizeLinear(x, s, z)      s, z from the extremes of all tokens
     after:   QuantizeLinear(x, s', z')    s', z' from the quantiles of the tokens' extremes at the best ratio
 
-    The coarse stage of token-wise clipping (Outlier Suppression, arXiv 2209.13325, section 4.2): ratios 1, 1 - step,
-    1 - 2 step, ... down to 1 - largest; the winner has the least squared error of the outputs against the float model on
-    the search samples. The largest ratio wins a tie.
+    First one ratio for all, the coarse stage of token-wise clipping (Outlier Suppression, arXiv 2209.13325, section 4.2):
+    1, 1 - step, 1 - 2 step, ... down to 1 - largest; the winner has the least squared error of the outputs against the
+    float model on the search samples, and the largest ratio wins a tie. Then, in place of the paper's learned fine stage,
+    one sweep over the quantizers in graph order, each trying a few ratios of its own with the others held.
 
     Attributes:
-        largest: largest share of tokens whose extremes may be clipped.
+        largest: largest share of tokens whose extremes may be clipped by the ratio that all share.
         step: step between ratios.
         bits: bits of the activations.
+        refine: whether to sweep over the quantizers.
     """
 
     name: ClassVar[str] = "clip-ranges"
@@ -43,45 +49,92 @@ class ClipRanges:
     largest: float = 0.1
     step: float = 0.01
     bits: int = 8
+    refine: bool = False
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Search the ratio and set it; declines when no clipping is best."""
+        """Search the ratios and set them; declines the quantizers that are best left as they are."""
         quantizers = [node for node in graph.nodes(model, "QuantizeLinear") if _is_static(node)]
         if not quantizers:
             return PassResult()
-        sources = {node: _source(node) for node in quantizers}
-        ranges = ctx.measure(model, {value.name or "": TokenRange for value in sources.values()})
-        tokens: dict[ir.Node, TokenRange] = {}
-        for node, value in sources.items():
-            seen = ranges[value.name or ""]
-            assert isinstance(seen, TokenRange)
-            tokens[node] = seen
+        tokens = _token_ranges(model, quantizers, ctx)
         reference = ctx.reference()
         session = Session(_with_free_grids(model, quantizers))
-        ratios = [1.0 - k * self.step for k in range(round(self.largest / self.step) + 1)]
-        errors = []
-        with ctx.progress("clipping ranges", len(ratios)) as advance:
-            for ratio in ratios:
-                grids = {node: self._grid(tokens[node], ratio) for node in quantizers}
-                errors.append(_error(session, _fed(grids), ctx.search, reference))
-                advance()
-        best = int(np.argmin(errors))
-        figures: dict[str, float | int | str] = {
-            "ratio": ratios[best],
-            "error": errors[best],
-            "error_unclipped": errors[0],
-        }
-        if best == 0:
-            return PassResult((), (Event(quantizers[0], "no clipping is best", figures),))
-        events = []
-        for node in quantizers:
-            affine = self._grid(tokens[node], ratios[best])
-            _set_grid(model, node, affine)
-            events.append(Event(node, "clipped", {**figures, "low": affine.low, "high": affine.high}))
-        return PassResult(tuple(events))
+
+        def error(ratios: Mapping[ir.Node, float]) -> float:
+            grids = {node: self._grid(tokens[node], ratio) for node, ratio in ratios.items()}
+            return _error(session, _fed(grids), ctx.search, reference)
+
+        shares = [k * self.step for k in range(round(self.largest / self.step) + 1)]
+        with ctx.progress("clipping ranges", len(shares)) as advance:
+            unclipped, least, ratios = _best_common(quantizers, shares, error, advance)
+        if self.refine:
+            with ctx.progress("refining ranges", len(quantizers)) as advance:
+                least, ratios = _refined(ratios, least, error, advance)
+        return self._set(model, tokens, ratios, {"error": least, "error_unclipped": unclipped})
+
+    def _set(
+        self,
+        model: ir.Model,
+        tokens: Mapping[ir.Node, TokenRange],
+        ratios: Mapping[ir.Node, float],
+        figures: Mapping[str, float],
+    ) -> PassResult:
+        rewrites, declined = [], []
+        for node, ratio in ratios.items():
+            affine = self._grid(tokens[node], ratio)
+            if affine == _current_grid(node, self.bits):
+                declined.append(Event(node, "best as it is", {"ratio": ratio, **figures}))
+            else:
+                _set_grid(model, node, affine)
+                rewrites.append(
+                    Event(node, "clipped", {"ratio": ratio, "low": affine.low, "high": affine.high, **figures})
+                )
+        return PassResult(tuple(rewrites), tuple(declined))
 
     def _grid(self, tokens: TokenRange, ratio: float) -> Affine:
         return schemes.activation_grid(*tokens.quantiles(ratio), self.bits)
+
+
+def _token_ranges(model: ir.Model, quantizers: Sequence[ir.Node], ctx: Context) -> dict[ir.Node, TokenRange]:
+    ranges = ctx.measure(model, {_source(node).name or "": TokenRange for node in quantizers})
+    found = {}
+    for node in quantizers:
+        seen = ranges[_source(node).name or ""]
+        assert isinstance(seen, TokenRange)
+        found[node] = seen
+    return found
+
+
+def _best_common(
+    quantizers: Sequence[ir.Node],
+    shares: Sequence[float],
+    error: Callable[[Mapping[ir.Node, float]], float],
+    advance: Callable[[], None],
+) -> tuple[float, float, dict[ir.Node, float]]:
+    """(error unclipped, least error, ratios) of the best ratio for all."""
+    errors = []
+    for share in shares:
+        errors.append(error(dict.fromkeys(quantizers, 1.0 - share)))
+        advance()
+    best = int(np.argmin(errors))
+    return errors[0], errors[best], dict.fromkeys(quantizers, 1.0 - shares[best])
+
+
+def _refined(
+    ratios: dict[ir.Node, float],
+    least: float,
+    error: Callable[[Mapping[ir.Node, float]], float],
+    advance: Callable[[], None],
+) -> tuple[float, dict[ir.Node, float]]:
+    """(least error, ratios) after one sweep of coordinate descent."""
+    for node in list(ratios):
+        for share in REFINED_SHARES:
+            candidate = {**ratios, node: 1.0 - share}
+            found = error(candidate)
+            if found < least:
+                least, ratios = found, candidate
+        advance()
+    return least, ratios
 
 
 def _is_static(node: ir.Node) -> bool:
@@ -132,6 +185,12 @@ def _with_free_grids(model: ir.Model, quantizers: Sequence[ir.Node]) -> ir.Model
                 twin.const_value = None
                 copy.graph.inputs.append(twin)
     return copy
+
+
+def _current_grid(quantize: ir.Node, bits: int) -> Affine:
+    scale, zero = graph.scalar(quantize.inputs[1]), graph.scalar(quantize.inputs[2])
+    assert scale is not None and zero is not None
+    return Affine(scale, int(zero), bits)
 
 
 def _set_grid(model: ir.Model, quantize: ir.Node, affine: Affine) -> None:

@@ -1,0 +1,136 @@
+"""A tiny BERT with outlier channels, its float ONNX export and its compiled folders: each made once a session."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from scalefold.compiler import CompileReport, compile_model
+from scalefold.compiler.calibrate import default_texts
+from scalefold.compiler.export import export_model
+from scalefold.compiler.runtime import Array, Feed
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = 200
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """A BertModel of 2 layers and width 64: random weights and biases, and LayerNorm gains with two outlier channels."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
+    model = BertModel(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+            else:
+                parameter[3], parameter[17] = 6.0, 4.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def source_folder(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT as Hugging Face saves it, with a tokenizer whose words are those of the default text."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = Counter(word for text in default_texts() for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
+    known = [*SPECIAL, *(word for word, _ in words.most_common(VOCABULARY - len(SPECIAL)))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def float_model(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float export of the tiny BERT: `model.onnx`, with its data, tokenizer and config beside it."""
+    folder = tmp_path_factory.mktemp("float")
+    export_model(str(source_folder), folder)
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def feeds() -> list[Feed]:
+    """56 samples of 6 to 39 random tokens: 40 to calibrate with and 16 to hold out."""
+    generator = np.random.default_rng(7)
+    return [_feed(generator.integers(5, VOCABULARY, (1, length))) for length in generator.integers(6, 40, 56)]
+
+
+@pytest.fixture(scope="session")
+def fresh_feeds() -> list[Feed]:
+    """12 samples that no calibration has seen."""
+    generator = np.random.default_rng(11)
+    return [_feed(generator.integers(5, VOCABULARY, (1, length))) for length in generator.integers(6, 40, 12)]
+
+
+def _feed(ids: Array) -> Feed:
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+@pytest.fixture(scope="session")
+def compiled(
+    float_model: Path, feeds: list[Feed], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, CompileReport]:
+    """The tiny BERT compiled with `w8a8` for each target; `report.output` is the folder. Not to be written to."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return {
+        "onnxruntime-cpu": compile_model(float_model, folder / "cpu", calibration=feeds, samples=40),
+        "qdq": compile_model(float_model, folder / "qdq", calibration=feeds, samples=40, target="qdq"),
+    }
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `scalefold ...` as a process of its own, in `tmp_path` and without a network."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "scalefold.compiler.cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

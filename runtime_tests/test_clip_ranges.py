@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from scalefold.compiler import schemes
+from scalefold.compiler.protocol import Context
+from scalefold.compiler.runtime import Array, Feed
+from scalefold.compiler.testing import check_pass, context_on, parse
+from scalefold.passes.clip_ranges import ClipRanges
+from scalefold.passes.insert_qdq import InsertQdq
+
+GENERATOR = np.random.default_rng(11)
+HEAD = """<ir_version: 10, opset_import: ["" : 20]>
+model (float[b, s, 4] x) => (float[b, s, 3] y)
+<int8[4, 3] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99}, float[3] scales = {0.01, 0.02, 0.01},
+ float[3] c = {0.5, -1.0, 0.25}, float s = {%s}, uint8 z = {%s}, float bottom = {-6.0}, float top = {6.0}>
+"""
+LAYER = "d = DequantizeLinear<axis = 1>(codes, scales)  [fc] y = MatMul(r, d)"
+QDQ = "q = QuantizeLinear(x, s, z)  r = DequantizeLinear(q, s, z) " + LAYER
+
+
+def tokens(largest: float, count: int = 100) -> Array:
+    """Tokens in [-1, 1], each of which reaches both ends, and in the first one the smallest and largest value."""
+    rows = GENERATOR.uniform(-1, 1, (1, count, 4)).astype(np.float32)
+    rows[0, :, 0], rows[0, :, 1] = 1, -1
+    rows[0, 0, :2] = largest, -largest
+    return rows
+
+
+def head(affine: schemes.Affine) -> str:
+    return HEAD % (repr(affine.scale), affine.zero_point)
+
+
+CALM: list[Feed] = [{"x": tokens(1.0)}, {"x": tokens(1.0)}]
+SHARP: list[Feed] = [{"x": tokens(4.0)}, {"x": tokens(1.0)}]
+"""One token of two hundred reaches four times as far."""
+WIDE, NARROW = schemes.activation_grid(-4, 4), schemes.activation_grid(-1, 1)
+
+
+def float_model() -> ir.Model:
+    return parse(head(WIDE) + "{ r = Identity(x) " + LAYER + "}")
+
+
+def sharp_context() -> Context:
+    """Ranges from calibration with a sharp token, a search on samples without one, and the float model's outputs."""
+    return Context(
+        measure=context_on(float_model(), SHARP).measure,
+        search=CALM,
+        reference=context_on(float_model(), CALM).reference,
+    )
+
+
+def test_the_ratio_that_helps_the_outputs_most_is_set_on_the_quantizer() -> None:
+    result = check_pass(
+        ClipRanges(),
+        before=head(WIDE) + f"{{ {QDQ} }}",
+        after=head(NARROW) + f"{{ {QDQ} }}",
+        feeds=CALM,
+        context=sharp_context(),
+    )
+    (event,) = result.rewrites
+    assert event.reason == "clipped"
+    assert event.figures["ratio"] == 0.99
+    assert float(event.figures["error"]) < 0.25 * float(event.figures["error_unclipped"])
+    assert event.figures["high"] == NARROW.high
+
+
+def test_of_equal_ratios_the_largest_wins() -> None:
+    result = check_pass(
+        ClipRanges(largest=0.3, step=0.1), before=head(WIDE) + f"{{ {QDQ} }}", feeds=CALM, context=sharp_context()
+    )
+    assert [event.figures["ratio"] for event in result.rewrites] == [0.9]
+
+
+def test_where_the_sharp_tokens_count_no_clipping_is_best_and_it_is_declined() -> None:
+    before = head(WIDE) + f"{{ {QDQ} }}"
+    context = Context(
+        measure=context_on(float_model(), SHARP).measure,
+        search=SHARP,
+        reference=context_on(float_model(), SHARP).reference,
+    )
+    result = check_pass(ClipRanges(), before=before, after=before, feeds=SHARP, context=context)
+    (event,) = result.declined
+    assert event.reason == "no clipping is best"
+    assert event.figures["ratio"] == 1.0
+    assert event.figures["error"] == event.figures["error_unclipped"]
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_below_8_bits_the_bounds_of_the_clip_move_with_the_grid(bits: int) -> None:
+    model = float_model()
+    context = sharp_context()
+    InsertQdq(bits=bits).run(model, context)
+    narrow = schemes.activation_grid(-1, 1, bits)
+    (event,) = check_pass(ClipRanges(bits=bits), before=model, feeds=CALM, context=context).rewrites
+    clip = event.node.inputs[0].producer() if event.node.inputs[0] is not None else None
+    assert clip is not None
+    assert clip.op_type == "Clip"
+    constants = [value.const_value.numpy() for value in clip.inputs[1:] if value is not None and value.const_value]
+    assert [float(constant) for constant in constants] == [narrow.low, narrow.high]
+
+
+def test_a_clip_of_the_model_itself_keeps_its_bounds() -> None:
+    own = QDQ.replace("QuantizeLinear(x", "QuantizeLinear(t")
+    check_pass(
+        ClipRanges(),
+        before=head(WIDE) + f"{{ t = Clip(x, bottom, top)  {own} }}",
+        after=head(NARROW) + f"{{ t = Clip(x, bottom, top)  {own} }}",
+        feeds=CALM,
+        context=sharp_context(),
+    )
+
+
+def test_two_layers_in_a_row_are_clipped_by_one_ratio_and_settle() -> None:
+    square = """<ir_version: 10, opset_import: ["" : 20]>
+    model (float[b, s, 4] x) => (float[b, s, 4] y)
+    <int8[4, 4] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99, 1, 2, 3, 4}, float[4] scales = {0.01, 0.02, 0.01, 0.02}>
+    { d = DequantizeLinear<axis = 1>(codes, scales)  [first] h = MatMul(x, d)
+      e = DequantizeLinear<axis = 1>(codes, scales)  [second] y = MatMul(h, e) }"""
+    original = parse(square)
+    context = Context(
+        measure=context_on(original, SHARP).measure, search=CALM, reference=context_on(original, CALM).reference
+    )
+    model = original.clone()
+    InsertQdq().run(model, context)
+    result = check_pass(ClipRanges(), before=model, feeds=CALM, context=context)
+    assert [event.where for event in result.rewrites] == ["first.input_q", "second.input_q"]
+    assert len({event.figures["ratio"] for event in result.rewrites}) == 1
+
+
+def test_padding_does_not_count() -> None:
+    masked = (head(WIDE) + f"{{ {QDQ} used = Identity(attention_mask) }}").replace(
+        "x)", "x, int64[b, s] attention_mask)"
+    )
+    masked = masked.replace("y)\n", "y, int64[b, s] used)\n")
+    mask = np.ones((1, 100), np.int64)
+    mask[0, 0] = 0  # the sharp token is padding, in calibration and in the search
+    feeds: list[Feed] = [{"x": tokens(4.0), "attention_mask": mask}]
+    plain = parse(masked.replace("q = QuantizeLinear(x, s, z)  r = DequantizeLinear(q, s, z)", "r = Identity(x)"))
+    model = plain.clone()
+    context = context_on(plain, feeds)
+    InsertQdq().run(model, context)
+    result = check_pass(ClipRanges(), before=model, feeds=feeds, context=context)
+    assert [event.reason for event in result.declined] == ["no clipping is best"]
+
+
+def test_a_graph_that_only_dequantizes_has_nothing_to_clip() -> None:
+    before = (head(WIDE) + f"{{ r = DequantizeLinear(x, s, z)  {LAYER} }}").replace("float[b, s, 4]", "uint8[b, s, 4]")
+    result = check_pass(ClipRanges(), before=before, after=before)
+    assert not result.declined
+
+
+def test_a_quantizer_whose_scale_is_computed_is_left_alone() -> None:
+    before = head(WIDE) + f"{{ m = ReduceMax<keepdims = 0>(x)  t = Mul(m, s)  {QDQ.replace('s, z', 't, z')} }}"
+    result = check_pass(ClipRanges(), before=before, after=before, feeds=CALM)
+    assert not result.declined
