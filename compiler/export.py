@@ -130,8 +130,9 @@ def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return model, tokenizer
+        return model, None
+    # A source without tokenizer files gives one that knows its special tokens alone, and would make a word of nothing.
+    return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 def task_of(config: Any) -> str:

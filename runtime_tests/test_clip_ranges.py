@@ -67,6 +67,29 @@ def test_the_ratio_that_helps_the_outputs_most_is_set_on_the_quantizer() -> None
     assert event.figures["high"] == NARROW.high
 
 
+def test_with_refinement_each_quantizer_finds_the_ratio_that_suits_it() -> None:
+    # The first layer's sharp tokens are noise of calibration; the second's are in the search samples and count.
+    two = """<ir_version: 10, opset_import: ["" : 20]>
+    model (float[b, s, 4] x, float[b, s, 4] v) => (float[b, s, 3] y, float[b, s, 3] w)
+    <int8[4, 3] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99}, float[3] scales = {0.01, 0.02, 0.01}>
+    { d = DequantizeLinear<axis = 1>(codes, scales)  [noisy] y = MatMul(x, d)
+      e = DequantizeLinear<axis = 1>(codes, scales)  [sharp] w = MatMul(v, e) }"""
+    sharp = tokens(4.0)
+    search: list[Feed] = [{"x": tokens(1.0), "v": sharp}]
+    original = parse(two)
+    context = Context(
+        measure=context_on(original, [{"x": tokens(4.0), "v": sharp}]).measure,
+        search=search,
+        reference=context_on(original, search).reference,
+    )
+    model = original.clone()
+    InsertQdq().run(model, context)
+    assert not check_pass(ClipRanges(), before=model, feeds=search, context=context).changed
+    result = check_pass(ClipRanges(refine=True), before=model, feeds=search, context=context)
+    assert [(event.where, event.figures["ratio"]) for event in result.rewrites] == [("noisy.input_q", 0.99)]
+    assert [(event.where, event.figures["ratio"]) for event in result.declined] == [("sharp.input_q", 1.0)]
+
+
 def test_of_equal_ratios_the_largest_wins() -> None:
     result = check_pass(
         ClipRanges(largest=0.3, step=0.1), before=head(WIDE) + f"{{ {QDQ} }}", feeds=CALM, context=sharp_context()
@@ -83,7 +106,7 @@ def test_where_the_sharp_tokens_count_no_clipping_is_best_and_it_is_declined() -
     )
     result = check_pass(ClipRanges(), before=before, after=before, feeds=SHARP, context=context)
     (event,) = result.declined
-    assert event.reason == "no clipping is best"
+    assert event.reason == "best as it is"
     assert event.figures["ratio"] == 1.0
     assert event.figures["error"] == event.figures["error_unclipped"]
 
@@ -116,7 +139,8 @@ def test_a_clip_of_the_model_itself_keeps_its_bounds() -> None:
 def test_two_layers_in_a_row_are_clipped_by_one_ratio_and_settle() -> None:
     square = """<ir_version: 10, opset_import: ["" : 20]>
     model (float[b, s, 4] x) => (float[b, s, 4] y)
-    <int8[4, 4] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99, 1, 2, 3, 4}, float[4] scales = {0.01, 0.02, 0.01, 0.02}>
+    <int8[4, 4] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99, 1, 2, 3, 4},
+     float[4] scales = {0.01, 0.02, 0.01, 0.02}>
     { d = DequantizeLinear<axis = 1>(codes, scales)  [first] h = MatMul(x, d)
       e = DequantizeLinear<axis = 1>(codes, scales)  [second] y = MatMul(h, e) }"""
     original = parse(square)
@@ -143,7 +167,7 @@ def test_padding_does_not_count() -> None:
     context = context_on(plain, feeds)
     InsertQdq().run(model, context)
     result = check_pass(ClipRanges(), before=model, feeds=feeds, context=context)
-    assert [event.reason for event in result.declined] == ["no clipping is best"]
+    assert [event.reason for event in result.declined] == ["best as it is"]
 
 
 def test_a_graph_that_only_dequantizes_has_nothing_to_clip() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,18 +26,19 @@ TARGETS = ("onnxruntime-cpu", "qdq")
 FAST = Recipe(name="fast")
 """Neither migration nor clipping nor embeddings: for tests that are about something else."""
 
-CLOSE_DB = 28.0
+CLOSE_DB = 25.0
 """Least SQNR of an 8-bit model here. One uint8 input whose range is 5 sigma each way has 10 log10(12 * 255**2 / 100) = 38.9
-dB; the noise of about ten of them in a row, of two blocks, adds up to 10 dB more."""
+dB; the noise of the inputs and weights of nine products in a row, 18 sources, adds up to 12.6 dB: 26.3 dB are left."""
 
-SAME_DB = 40.0
+SAME_DB = 60.0
 """Least SQNR of two forms of one quantized model. They differ by the order of float operations alone, which moves a value
 over the edge between two codes now and then: far less noise than rounding itself makes."""
 
 
 def outputs_of(session: Session, feeds: list[Feed]) -> Array:
-    """The token states of every feed, as rows."""
-    return np.concatenate([session.run(feed)["last_hidden_state"][0] for feed in feeds])
+    """The token states of every feed, as rows; without the outlier channels, beside which all noise looks small."""
+    states = np.concatenate([session.run(feed)["last_hidden_state"][0] for feed in feeds])
+    return np.delete(states, [3, 17], axis=-1)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -75,10 +78,23 @@ def test_either_target_is_close_to_float_on_samples_it_has_not_seen(
         assert entry.sqnr_db >= CLOSE_DB, entry
 
 
-def test_the_two_targets_give_the_same_numbers(compiled: dict[str, CompileReport], fresh_feeds: list[Feed]) -> None:
-    first, second = (
-        outputs_of(Session(folder_of(compiled[target]) / "model.onnx"), fresh_feeds) for target in TARGETS
+def test_migration_brings_the_result_closer_to_float(
+    compiled: dict[str, CompileReport], float_model: Path, feeds: list[Feed], fresh_feeds: list[Feed], tmp_path: Path
+) -> None:
+    naive = compile_model(float_model, tmp_path / "naive", recipe="w8a8-naive", calibration=feeds, samples=40)
+    wanted, control, migrated = (
+        outputs_of(Session(path), fresh_feeds)
+        for path in (
+            float_model,
+            folder_of(naive) / "model.onnx",
+            folder_of(compiled["onnxruntime-cpu"]) / "model.onnx",
+        )
     )
+    assert sqnr(wanted, migrated) > sqnr(wanted, control) + 1.0
+
+
+def test_the_two_targets_give_the_same_numbers(compiled: dict[str, CompileReport], fresh_feeds: list[Feed]) -> None:
+    first, second = (outputs_of(Session(folder_of(compiled[target]) / "model.onnx"), fresh_feeds) for target in TARGETS)
     assert sqnr(first, second) >= SAME_DB
 
 
@@ -89,16 +105,13 @@ def test_a_padded_batch_gives_each_sequence_what_it_gets_alone(
     session = Session(folder_of(compiled[target]) / "model.onnx")
     longest = max(feed["input_ids"].shape[1] for feed in fresh_feeds)
     batch: Feed = {
-        name: np.concatenate(
-            [np.pad(feed[name], ((0, 0), (0, longest - feed[name].shape[1]))) for feed in fresh_feeds]
-        )
+        name: np.concatenate([np.pad(feed[name], ((0, 0), (0, longest - feed[name].shape[1]))) for feed in fresh_feeds])
         for name in fresh_feeds[0]
     }
     together = session.run(batch)["last_hidden_state"]
-    rows = [
-        states[: feed["input_ids"].shape[1]] for states, feed in zip(together, fresh_feeds, strict=True)
-    ]
-    assert sqnr(outputs_of(session, fresh_feeds), np.concatenate(rows)) >= SAME_DB
+    rows = [states[: feed["input_ids"].shape[1]] for states, feed in zip(together, fresh_feeds, strict=True)]
+    alone = [session.run(feed)["last_hidden_state"][0] for feed in fresh_feeds]
+    assert sqnr(np.concatenate(alone), np.concatenate(rows)) >= SAME_DB
 
 
 def test_a_second_run_gives_the_same_bytes(
@@ -110,14 +123,12 @@ def test_a_second_run_gives_the_same_bytes(
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_bytes_do_not_depend_on_the_order_of_pythons_hashes(
-    float_model: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_bytes_do_not_depend_on_the_order_of_pythons_hashes(float_model: Path, tmp_path: Path) -> None:
     contents = []
     for seed in ("1", "2"):
-        arguments = ("--recipe", "w8a8", "--samples", "8", "--json")
-        done = cli("compile", float_model, "-o", f"out-{seed}", *arguments, PYTHONHASHSEED=seed)
-        assert done.returncode == 0, done.stderr
+        command = [sys.executable, "-m", "scalefold.compiler.cli", "compile", str(float_model), "-o", f"out-{seed}"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*command, "--samples", "8"], cwd=tmp_path, env=environment, capture_output=True, check=True)
         contents.append(content_of(tmp_path / f"out-{seed}"))
     assert contents[0] == contents[1]
 
@@ -209,9 +220,10 @@ def test_only_included_layers_become_integer(float_model: Path, feeds: list[Feed
 
 
 def test_samples_overrides_the_recipe(float_model: Path, feeds: list[Feed], tmp_path: Path) -> None:
-    report = compile_model(float_model, tmp_path / "out", recipe=FAST, calibration=feeds, samples=33)
-    assert report.calibration["samples"] == 33
-    assert record_of(report)["recipe"]["calibration"]["samples"] == 33
+    report = compile_model(float_model, tmp_path / "out", recipe=FAST, calibration=feeds, samples=8)
+    assert report.calibration["samples"] == 8
+    assert report.held_out.endswith("samples of feeds, held out")
+    assert record_of(report)["recipe"]["calibration"]["samples"] == 8
     with pytest.raises(CalibrationError, match="0 samples are too few"):
         compile_model(float_model, tmp_path / "out", recipe=FAST, calibration=feeds, samples=0)
 
@@ -391,9 +403,7 @@ def test_the_folder_of_an_onnx_file_loads_with_transformers(
 
 def test_onnxruntime_alone_opens_the_folder(compiled: dict[str, CompileReport], fresh_feeds: list[Feed]) -> None:
     for report in compiled.values():
-        session = onnxruntime.InferenceSession(
-            folder_of(report) / "model.onnx", providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(folder_of(report) / "model.onnx", providers=["CPUExecutionProvider"])
         assert [entry.name for entry in session.get_inputs()] == ["input_ids", "token_type_ids", "attention_mask"]
         states, pooled = session.run(["last_hidden_state", "pooler_output"], dict(fresh_feeds[0]))
         assert states.shape == (1, fresh_feeds[0]["input_ids"].shape[1], 64)
@@ -415,8 +425,8 @@ def test_progress_is_told_of_every_long_stage(float_model: Path, feeds: list[Fee
 
         yield advance
 
-    compile_model(float_model, tmp_path / "out", recipe=FAST, calibration=feeds, samples=5, progress=bar)
-    assert seen["calibrating"] == [5, 5]
+    compile_model(float_model, tmp_path / "out", recipe=FAST, calibration=feeds, samples=40, progress=bar)
+    assert seen["calibrating"] == [40, 40]
     assert seen["quantizing weights"] == [13, 13]
     assert seen["verifying"] == [3, 3]
 

@@ -15,7 +15,8 @@ CONSTANTS = f"""
 <int64[4] split = {{0, 0, 2, 4}}, int64[3] join = {{0, 0, 8}}, int64[1] last = {{-1}},
  int64[1] two = {{2}}, int64[1] four = {{4}}, int64[3] loose = {{0, -1, 8}}, int64[1] back = {{-1}},
  float root = {{0.70710677}}, float half = {{0.5}}, float third = {{0.25}}, float width = {{2.0}},
- float lowest = {{{LOWEST!r}}}, float raised = {{-1e38}}, float infinite = {{-inf}}, float one = {{1.0}}, float zero = {{0.0}},
+ float lowest = {{{LOWEST!r}}}, float raised = {{-1e38}}, float infinite = {{-inf}},
+ float one = {{1.0}}, float zero = {{0.0}},
  int64[1] unit = {{1}}>
 """
 
@@ -272,6 +273,16 @@ def test_probabilities_that_are_cleared_of_nan_behind_another_mask_are_declined(
     ]
 
 
+def test_layers_with_masks_of_their_own_prepare_each() -> None:
+    again = second_layer(ADDED.replace("mask", "other")).replace("(q, split)", "(first, split)")
+    masks = ", float[b, 1, 1, s] mask, float[b, 1, 1, s] other"
+    check_pass(
+        FuseAttention(),
+        before=text(ADDED.replace("y =", "first =") + " " + again, masks),
+        feeds=feeds(mask=additive(padded()), other=additive(padded(every_row=False))),
+    )
+
+
 HEADS_DIFFER = "queries, keys and values differ in heads"
 NOT_HEADS = "queries, keys and values are not heads of three-dimensional activations"
 NO_VALUES = "no product of probabilities and values behind it"
@@ -283,8 +294,8 @@ OTHER_GUARD = "its output is selected by a condition other than `every key is ma
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        pytest.param(text(TORCHSCRIPT.replace("MatMul(p, vh)", "Mul(p, p)").replace(JOIN, "z = Identity(m)  y = Identity(v)"),
-                          outputs=", float[b, 2, s, s] z"), NO_VALUES, id="no product behind"),
+        pytest.param(text(TORCHSCRIPT.replace("MatMul(p, vh)", "Mul(p, p)").replace(
+            JOIN, "z = Identity(m)  y = Identity(v)"), outputs=", float[b, 2, s, s] z"), NO_VALUES, id="no product behind"),
         pytest.param(text(TORCHSCRIPT, outputs=", float[b, 2, s, s] p"), NO_VALUES, id="probabilities returned"),
         pytest.param(text(TORCHSCRIPT.replace("axis = -1", "axis = 2")), NO_VALUES, id="another axis"),
         pytest.param(text("y = Softmax(q)"), NO_VALUES, id="a softmax alone"),

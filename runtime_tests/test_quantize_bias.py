@@ -30,8 +30,8 @@ def test_a_bias_that_would_be_fused_to_float_gemm_becomes_int32(head: str, add: 
 
 
 def test_a_bias_too_large_for_int32_steps_stays_the_same_function() -> None:
-    # A dead column: weights of 1e-9 and a bias of 7. Seven is 1.4e10 of its steps.
-    dead = FLAT.replace("scales = {0.5, 0.25, 2.0}", "scales = {0.5, 0.25, 1.0e-9}")
+    # Dead columns: the weights step by 1e-9, so that a bias of 7 is 1.4e10 of its steps.
+    dead = FLAT.replace("scales = {0.5, 0.25, 2.0}", "scales = {1.0e-9, 1.0e-9, 1.0e-9}")
     check_pass(QuantizeBias(), before=dead + f"{{ {PRODUCT} y = Add(p, c) }}")
 
 
@@ -83,7 +83,7 @@ def test_a_weight_with_one_scale_stays_the_same_function() -> None:
     check_pass(QuantizeBias(), before=FLAT + f"{{ {per_tensor} y = Add(p, c) }}")
 
 
-def test_a_zero_scale_column_of_the_bias_is_no_obstacle_to_the_others() -> None:
+def test_a_bias_of_zero_in_one_column_leaves_the_others_as_they_are() -> None:
     check_pass(
         QuantizeBias(),
         before=FLAT.replace("c = {1.0, -1.0, 7.0}", "c = {0.0, -1.0, 7.0}") + f"{{ {PRODUCT} y = Add(p, c) }}",

@@ -105,6 +105,21 @@ def test_excluded_layers_are_declined_and_stay_float() -> None:
     assert [(event.where, event.reason) for event in result.declined] == [("second", "excluded by the recipe")]
 
 
+def test_layers_that_are_not_included_are_declined_and_stay_float() -> None:
+    result = check_pass(
+        QuantizeWeights(include=("first",)),
+        before=HEAD + f"{{ {LAYER} }}",
+        after=HEAD + f"{{ {QUANTIZED} [second] y = MatMul(h, u) }}",
+    )
+    assert [(event.where, event.reason) for event in result.declined] == [("second", "not included by the recipe")]
+
+
+def test_a_layer_that_is_included_and_excluded_is_left() -> None:
+    before = HEAD + f"{{ {LAYER} }}"
+    result = check_pass(QuantizeWeights(include=("first",), exclude=("first",)), before=before, after=before)
+    assert [event.reason for event in result.declined] == ["excluded by the recipe", "not included by the recipe"]
+
+
 def test_a_pattern_that_excludes_nothing_is_an_error() -> None:
     with pytest.raises(PatternError, match="matches none of the 2 linear layers"):
         check_pass(QuantizeWeights(exclude=("third",)), before=HEAD + f"{{ {LAYER} }}")

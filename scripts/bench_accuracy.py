@@ -8,31 +8,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from contenders import (
-    Array,
-    Built,
-    Contender,
-    StepError,
-    Workspace,
-    build,
-    chosen,
-    encode,
-    machine,
-    parser,
-    prepare,
-    publish,
-    run_child,
-    save_feeds,
-    table,
-    work_folder,
-)
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
+if TYPE_CHECKING:  # type checkers see the repository as the root, Python the folder of this file
+    from scripts import contenders
+else:
+    import contenders
+
 BATCH = 16
+OWN = "scalefold"
 HEADER = [
     "contender", "settings", "Spearman x 100", "mean cosine", "min cosine", "size ratio", "integer matmuls",
     "quantize, s", "peak, MB",
@@ -52,7 +41,7 @@ class Benchmark:
     right: list[int]
     gold: list[float]
 
-    def spearman(self, embeddings: Array) -> float:
+    def spearman(self, embeddings: contenders.Array) -> float:
         """Rank correlation, times 100, of cosine similarity with the judgements."""
         cosine = (embeddings[self.left] * embeddings[self.right]).sum(axis=1)
         return float(100 * spearmanr(cosine, self.gold).statistic)
@@ -65,7 +54,7 @@ class Row:
     contender: str
     tool: str
     settings: str
-    built: Built
+    built: contenders.Built
     spearman: float | None = None
     mean_cosine: float | None = None
     min_cosine: float | None = None
@@ -73,13 +62,13 @@ class Row:
     failure: str | None = None
 
 
-def read_benchmark(path: Path, work: Workspace) -> Benchmark:
+def read_benchmark(path: Path, work: contenders.Workspace) -> Benchmark:
     """Read an STS-B file and write its sentences as padded batches of similar length."""
     fields = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     if short := [number for number, row in enumerate(fields, 1) if len(row) < 7]:
         raise SystemExit(f"{path}, line {short[0]}: fewer than 7 tab-separated columns; give an STS-B file.")
     sentences = sorted({row[column] for row in fields for column in (5, 6)})
-    feeds = dict(zip(sentences, encode(work, sentences), strict=True))
+    feeds = dict(zip(sentences, contenders.encode(work, sentences), strict=True))
     ordered = sorted(sentences, key=lambda sentence: feeds[sentence]["input_ids"].shape[1])
     batches = []
     for start in range(0, len(ordered), BATCH):
@@ -90,22 +79,27 @@ def read_benchmark(path: Path, work: Workspace) -> Benchmark:
             for feed in group
         ]
         batches.append({name: np.concatenate([feed[name] for feed in padded]) for name in padded[0]})
-    save_feeds(work.evaluation, batches)
+    contenders.save_feeds(work.evaluation, batches)
     place = {sentence: index for index, sentence in enumerate(ordered)}
     return Benchmark(
         [place[row[5]] for row in fields], [place[row[6]] for row in fields], [float(row[4]) for row in fields]
     )
 
 
-def measure(contender: Contender, work: Workspace, benchmark: Benchmark, reference: Array | None) -> tuple[Row, Array]:
+def measure(
+    contender: contenders.Contender,
+    work: contenders.Workspace,
+    benchmark: Benchmark,
+    reference: contenders.Array | None,
+) -> tuple[Row, contenders.Array]:
     """Quantize and embed in children, then compare with float's embeddings (its own when there is no reference)."""
-    built = build(contender, work)
+    built = contenders.build(contender, work)
     row = Row(contender.name, contender.family, contender.settings, built, failure=built.failure)
     if built.failure:
         return row, np.empty(0)
     try:
-        answer = run_child(contender, "embed", work)
-    except StepError as failure:
+        answer = contenders.run_child(contender, "embed", work)
+    except contenders.StepError as failure:
         return Row(contender.name, contender.family, contender.settings, built, failure=str(failure)), np.empty(0)
     embeddings = np.load(work.output(contender) / "embeddings.npy")
     cosine = (embeddings * (embeddings if reference is None else reference)).sum(axis=1)
@@ -114,11 +108,11 @@ def measure(contender: Contender, work: Workspace, benchmark: Benchmark, referen
 
 
 def report(rows: list[Row], facts: dict[str, str]) -> str:
-    """The Markdown report; the best settings of each tool are in bold."""
+    """The Markdown report; of each peer's settings, those that did best are in bold."""
     float_mb = rows[0].built.size_mb or float("nan")
+    peers = {row.tool for row in rows} - {OWN, rows[0].tool}
     best = {
-        max((row for row in rows if row.tool == tool), key=lambda row: row.spearman or -1).contender
-        for tool in {row.tool for row in rows}
+        max((row for row in rows if row.tool == peer), key=lambda row: row.spearman or -1).contender for peer in peers
     }
     lines, notes = [], []
     for row in rows:
@@ -140,12 +134,12 @@ def report(rows: list[Row], facts: dict[str, str]) -> str:
             ]
         )
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
-    footer = f"{told}. Bold: a tool's settings with the highest Spearman here."
-    return "\n".join([table(HEADER, lines), "", *notes, *([""] if notes else []), footer])
+    footer = f"{told}. Bold: of a peer's settings, those with the highest Spearman here."
+    return "\n".join([contenders.table(HEADER, lines), "", *notes, *([""] if notes else []), footer])
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = contenders.parser(__doc__)
     made.add_argument("--model", default="minilm", help="minilm, or a Hugging Face folder (default: minilm)")
     made.add_argument("--data", type=Path, metavar="FILE", help="STS-B sentence pairs: tab-separated, "
                       "unquoted, score in the fifth column, sentences in the sixth and seventh")  # fmt: skip
@@ -161,12 +155,12 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     console = Console(stderr=True)
     rows: list[Row] = []
-    reference: Array | None = None
-    with work_folder(options.work) as root:
+    reference: contenders.Array | None = None
+    with contenders.work_folder(options.work) as root:
         with console.status("exporting the float model"):
-            work = prepare(options.model, root, options.calibration, options.samples)
+            work = contenders.prepare(options.model, root, options.calibration, options.samples)
             benchmark = read_benchmark(options.data, work)
-        for contender in track(chosen(options.only), "contenders", console=console):
+        for contender in track(contenders.chosen(options.only), "contenders", console=console):
             console.log(contender.name)
             row, embeddings = measure(contender, work, benchmark, reference)
             if reference is None:
@@ -176,8 +170,8 @@ def run(options: argparse.Namespace) -> None:
             if row.failure:
                 console.log(f"  {row.failure}", markup=False)
             rows.append(row)
-    facts = {"model": options.model, "data": options.data.name, **machine(2)}
-    publish(options, report(rows, facts), {"machine": facts, "rows": [asdict(row) for row in rows]})
+    facts = {"model": options.model, "data": options.data.name, **contenders.machine(2)}
+    contenders.publish(options, report(rows, facts), {"machine": facts, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

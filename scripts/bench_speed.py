@@ -12,27 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from contenders import (
-    Built,
-    Contender,
-    StepError,
-    Workspace,
-    answer_of,
-    build,
-    chosen,
-    command,
-    machine,
-    parser,
-    prepare,
-    publish,
-    table,
-    work_folder,
-)
 from rich.console import Console
 from rich.progress import Progress
+
+if TYPE_CHECKING:  # type checkers see the repository as the root, Python the folder of this file
+    from scripts import contenders
+else:
+    import contenders
 
 MODELS = "bert-4x768,minilm"
 SHAPES = "8x128,1x16,1x128,2x512"
@@ -52,7 +41,7 @@ class Row:
     contender: str
     tool: str
     settings: str
-    built: Built
+    built: contenders.Built
     turns: dict[str, list[float]] = field(default_factory=dict)
     load_seconds: float = 0.0
     peak_mb: float = 0.0
@@ -77,7 +66,7 @@ class Server:
         if not line:
             self.process.wait()
         self.errors.seek(0)
-        return answer_of(line, self.errors.read(), self.process.returncode)
+        return contenders.answer_of(line, self.errors.read(), self.process.returncode)
 
     def turn(self, shape: str, seconds: float) -> dict[str, Any]:
         """Let it run one shape for at least so many seconds."""
@@ -91,11 +80,11 @@ class Server:
 
 
 @contextmanager
-def started(contender: Contender, work: Workspace, threads: int) -> Iterator[Server]:
+def started(contender: contenders.Contender, work: contenders.Workspace, threads: int) -> Iterator[Server]:
     """A contender's process, ended on the way out."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command(contender, "serve", work, str(threads)),
+            contenders.command(contender, "serve", work, str(threads)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -109,16 +98,20 @@ def started(contender: Contender, work: Workspace, threads: int) -> Iterator[Ser
 
 
 def measure(
-    model: str, work: Workspace, contenders: list[Contender], options: argparse.Namespace, progress: Progress
+    model: str,
+    work: contenders.Workspace,
+    entries: list[contenders.Contender],
+    options: argparse.Namespace,
+    progress: Progress,
 ) -> list[Row]:
     """Build every contender, start them all, and give them turns in rounds, shape by shape."""
     shapes = options.shapes.split(",")
-    task = progress.add_task(f"{model}: building", total=len(contenders) + len(shapes) * (options.turns + 1))
+    task = progress.add_task(f"{model}: building", total=len(entries) + len(shapes) * (options.turns + 1))
     rows = []
     with ExitStack() as stack:
         servers: list[tuple[Row, Server]] = []
-        for contender in contenders:
-            built = build(contender, work)
+        for contender in entries:
+            built = contenders.build(contender, work)
             row = Row(model, contender.name, contender.family, contender.settings, built, failure=built.failure)
             rows.append(row)
             progress.advance(task)
@@ -128,7 +121,7 @@ def measure(
             try:
                 row.load_seconds = server.receive()["load_seconds"]
                 servers.append((row, server))
-            except StepError as failure:
+            except contenders.StepError as failure:
                 row.failure = str(failure)
         for shape in shapes:
             for turn in range(options.turns + 1):
@@ -144,7 +137,7 @@ def _take_turn(row: Row, server: Server, shape: str, *, warming: bool) -> None:
         return
     try:
         answer = server.turn(shape, TURN_SECONDS)
-    except StepError as failure:
+    except contenders.StepError as failure:
         row.failure = str(failure)
         return
     row.peak_mb = answer["peak_mb"]
@@ -169,7 +162,7 @@ def report(rows: list[Row], shapes: list[str], facts: dict[str, str]) -> str:
             [row.tool, row.settings, *(_cell(row, mine[0], shape) for shape in shapes), *_sizes(row)] for row in mine
         ]
         failures = [f"* {row.contender} failed: {row.failure}" for row in mine if row.failure]
-        parts += [f"### {model}", "", table(header, lines), "", *failures, *([""] if failures else [])]
+        parts += [f"### {model}", "", contenders.table(header, lines), "", *failures, *([""] if failures else [])]
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
     parts.append(f"{told}. Median of turns; speed-up over onnxruntime float as the median [quartiles] of the rounds.")
     return "\n".join(parts)
@@ -195,24 +188,24 @@ def _sizes(row: Row) -> list[str]:
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = contenders.parser(__doc__)
     made.add_argument("--models", default=MODELS, metavar="NAME,...", help=f"names or folders (default: {MODELS})")
     made.add_argument("--shapes", default=SHAPES, metavar="BxL,...", help=f"batch x tokens (default: {SHAPES})")
     made.add_argument("--turns", type=int, default=11, help="rounds for each shape (default: 11)")
     made.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
     options = made.parse_args()
     console = Console(stderr=True)
-    contenders = [contender for contender in chosen(options.only) if contender.timed or options.only]
+    entries = [contender for contender in contenders.chosen(options.only) if contender.timed or options.only]
     rows: list[Row] = []
-    with work_folder(options.work) as root, Progress(console=console) as progress:
+    with contenders.work_folder(options.work) as root, Progress(console=console) as progress:
         for model in options.models.split(","):
-            work = prepare(model, root, options.calibration, options.samples)
-            measured = measure(model, work, contenders, options, progress)
+            work = contenders.prepare(model, root, options.calibration, options.samples)
+            measured = measure(model, work, entries, options, progress)
             if measured[0].failure:
                 raise SystemExit(f"the float model does not run: {measured[0].failure}.")
             rows += measured
-    facts = machine(options.threads)
-    publish(
+    facts = contenders.machine(options.threads)
+    contenders.publish(
         options,
         report(rows, options.shapes.split(","), facts),
         {"machine": facts, "rows": [asdict(row) for row in rows]},

@@ -581,6 +581,7 @@ def serve(contender: Contender, work: Workspace, threads: int) -> None:
     for line in sys.stdin:
         shape, least = line.split()
         feed = random_feed(names, *map(int, shape.split("x")))
+        infer(feed)  # brings back what the rest took from caches and memory
         runs, start = 0, time.perf_counter()
         while not runs or time.perf_counter() - start < float(least):
             infer(feed)
