@@ -73,11 +73,12 @@ def publish(stage: Path, output: Path) -> None:
         stage.rename(output)
         return
     retired = stage.with_name(f"{stage.name}-retired")
-    output.rename(retired)
     try:
+        output.rename(retired)
         stage.rename(output)
-    except OSError:
-        retired.rename(output)
+    except BaseException:  # an interrupt between the two must not cost the user the earlier result
+        if retired.exists() and not output.exists():
+            retired.rename(output)
         raise
     shutil.rmtree(retired, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
@@ -106,6 +107,8 @@ def _without_large(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtoc
             del copy.graph.initializers[name]
             value.const_value = None
             copy.graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):  # protobuf would keep the file's name and forget its folder
+            value.const_value = ir.tensor(np.array(tensor.numpy()), name=name)
     return copy, large
 
 

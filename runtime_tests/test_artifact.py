@@ -41,9 +41,14 @@ def test_a_staged_folder_lies_beside_its_place_and_is_gone_afterwards(tmp_path: 
 @pytest.mark.parametrize("fault", [ValueError("bug"), KeyboardInterrupt()])
 def test_a_staged_folder_goes_whatever_happens_in_it(tmp_path: Path, fault: BaseException) -> None:
     earlier = content_of(result(tmp_path / "out", "old"))
-    with pytest.raises(type(fault)), artifact.staged(tmp_path / "out") as scratch:
-        result(scratch / "result")
-        raise fault
+
+    def fail() -> None:
+        with artifact.staged(tmp_path / "out") as scratch:
+            result(scratch / "result")
+            raise fault
+
+    with pytest.raises(type(fault)):
+        fail()
     assert content_of(tmp_path / "out") == earlier
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

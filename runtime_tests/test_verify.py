@@ -13,8 +13,8 @@ from scalefold.compiler.errors import KernelError, PatternError
 from scalefold.compiler.runtime import Session
 from scalefold.compiler.verify import Fidelity, layer_kernels, require_integer_kernels
 
-CONSTANTS = """<float s = {0.1}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4}, int8[4] wz = {0, 0, 0, 0},
- int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8}, float[4] b = {1.0, 2.0, 3.0, 4.0},
+CONSTANTS = """<float s = {0.1}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4},
+ int8[4] wz = {0, 0, 0, 0}, int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8}, float[4] b = {1.0, 2.0, 3.0, 4.0},
  int32[4] bc = {100, 100, 100, 100}, float[4] bs = {0.01, 0.02, 0.03, 0.04}, int64[3] pair = {0, 0, 4}>"""
 WEIGHT = "wd = DequantizeLinear<axis = 1>(w, ws, wz)"
 QUANTIZE = "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)"
@@ -121,8 +121,8 @@ def test_a_sabotaged_layer_is_an_error_with_reason_and_remedy(tmp_path: Path, ca
 
 
 def test_weights_that_share_a_dequantizer_are_told_apart(tmp_path: Path) -> None:
-    body = f"{QUANTIZE} {WEIGHT} h = MatMul(d, wd) q2 = QuantizeLinear(h, s, z) d2 = DequantizeLinear(q2, s, z) y = MatMul(d2, wd)"
-    path = saved(tmp_path, body)
+    again = "q2 = QuantizeLinear(h, s, z) d2 = DequantizeLinear(q2, s, z) y = MatMul(d2, wd)"
+    path = saved(tmp_path, f"{QUANTIZE} {WEIGHT} h = MatMul(d, wd) {again}")
     found = layer_kernels(path)
     assert [entry.name for entry in found] == ["fc", "fc2"]
     missed = [entry for entry in found if not entry.integer]
