@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, RemoveUnusedOpsetsPass
 
 from scalefold.compiler.errors import OutputError
 
@@ -86,6 +86,7 @@ def publish(stage: Path, output: Path) -> None:
 def save_model(model: ir.Model, folder: Path) -> None:
     """Write `model.onnx` and, beside it, `model.onnx.data` with all large tensors; the same graph gives the same bytes."""
     ClearMetadataAndDocStringPass()(model)
+    NameFixPass()(model)
     RemoveUnusedOpsetsPass()(model)
     ir.save(model, folder / MODEL, external_data=DATA)
     (folder / DATA).touch()

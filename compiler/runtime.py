@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir.passes.common import NameFixPass
 
 from scalefold.compiler import graph
 from scalefold.compiler.errors import GraphError
@@ -106,6 +107,7 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
         keep = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
         return serialize(keep)
     copy = model.clone()
+    NameFixPass()(copy)
     arrays: dict[str, Array] = {}
     folder: Path | None = None
     for name, value in copy.graph.initializers.items():

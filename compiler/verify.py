@@ -180,7 +180,14 @@ def _bias_obstacle(node: ir.Node) -> tuple[str, str] | None:
     bias = graph.other_input(add, node.outputs[0]) if add is not None else None
     if node.op_type == "Gemm":
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or not bias.is_initializer():
+    if bias is None:
+        return None
+    weight = weight_dequantizer(node)
+    if graph.producer(bias, "DequantizeLinear") is not None:
+        if weight is not None and len(weight.inputs) < 3:
+            return "its weight's DequantizeLinear has no zero point, which QGemm needs", "write the zero point 0 out"
+        return None
+    if not bias.is_initializer():
         return None
     remedy = "quantize its bias to int32 with scale = activation scale x weight scale, or use --target onnxruntime-cpu"
     if node.op_type == "Gemm" or graph.rank(node.inputs[0]) == 2:

@@ -17,7 +17,6 @@ from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
 from scalefold.compiler.stats import TokenRange
 
-
 REFINED_SHARES = (0.0, 0.01, 0.05, 0.12)
 """Shares of tokens to clip that the refinement tries at each quantizer, besides the one that all share."""
 

@@ -18,10 +18,10 @@ class QuantizeBias:
     """Store the bias of a two-dimensional or statically shaped product as int32.
 
     before:  Add(MatMul(dq(x), dq(W)), b)
-    after:   Add(MatMul(dq(x), dq(W)), DequantizeLinear(codes, s_x * s_W; axis=0))
+    after:   Add(MatMul(dq(x), dq(W, zero point 0)), DequantizeLinear(codes, s_x * s_W; axis=0))
 
     b, codes and s_W are [N]. onnxruntime fuses MatMul and Add of such shapes to Gemm before it looks for QDQ; only with an
-    int32 bias does that Gemm become QGemm, the integer kernel. With three dynamic dimensions a float bias is best.
+    int32 bias, and a zero point written out at the weight, does that Gemm become QGemm, the integer kernel. With three dynamic dimensions a float bias is best.
     """
 
     name: ClassVar[str] = "quantize-bias"
@@ -54,10 +54,20 @@ class QuantizeBias:
             graph.like(dequantize.outputs[0], bias)
             graph.insert_before(add, [dequantize])
             add.replace_input_with(add.inputs.index(bias), dequantize.outputs[0])
+            _write_zero_point_out(model, weight)
             rewrites.append(Event(matmul, "int32 bias"))
         if rewrites:
             graph.sweep(model)
         return PassResult(tuple(rewrites))
+
+
+def _write_zero_point_out(model: ir.Model, weight: ir.Node) -> None:
+    if len(weight.inputs) < 3:
+        scales = graph.constant(weight.inputs[1])
+        assert scales is not None
+        weight.resize_inputs(3)
+        zeros = np.zeros(scales.shape, dtype=np.int8)
+        weight.replace_input_with(2, graph.add_initializer(model, f"{weight.name}_zero_points", zeros))
 
 
 def _fuses_to_gemm(x: ir.Value | None) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from scalefold.compiler import CompileReport, compile_model
-from scalefold.compiler.errors import OutputError
+from scalefold.compiler.errors import OutputError, SourceError
 from scalefold.compiler.runtime import Feed
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -293,13 +293,17 @@ CASES: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     ),
     "feeds of another type": (
         npz(input_ids=IDS * 1.0, attention_mask=ONES, token_type_ids=ONES * 0),
-        ("onnxruntime", "input_ids float64[4, 6]"),
+        ("sample 0 of feeds.npz: input_ids is of float64, not int64", "astype"),
+    ),
+    "feeds of another rank": (
+        npz(input_ids=IDS[0], attention_mask=ONES[0], token_type_ids=ONES[0]),
+        ("sample 0 of feeds.npz: input_ids has 1 dimensions, not 2",),
     ),
     "feeds with no samples": (npz(input_ids=IDS[:0], attention_mask=IDS[:0], token_type_ids=IDS[:0]), ("no samples",)),
     "feeds that are not an npz": (not_npz, ("feeds.npz: it cannot be read",)),
     "feeds cut short": (cut_npz, ("feeds.npz: it cannot be read",)),
     "feeds with NaN": (with_nan_feeds, ("sample 0 of feeds.npz: x holds NaN or infinity", "remove the sample")),
-    "NaN inside the model": (nan_inside, ("calibration sample 0: the activation l becomes NaN or infinite",)),
+    "NaN inside the model": (nan_inside, ("the activation l becomes NaN or infinite", "finite outputs")),
     "neither tokenizer nor calibration": (
         no_tokenizer,
         ("calibration: text needs a tokenizer", "--calibration feeds.npz"),
@@ -431,6 +435,30 @@ def test_a_number_that_is_none_shows_how_to_use_the_command(float_model: Path, c
     assert done.returncode == 2
     assert "--samples" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_operator_that_onnxruntime_lacks_stops_no_command_with_a_traceback(
+    command: str, tmp_path: Path, cli: Cli
+) -> None:
+    name = unknown_operator(tmp_path, tmp_path)[0]
+    done = cli(command, name)
+    assert "Traceback" not in done.stderr
+    if command == "inspect":
+        assert (done.returncode, "fc" in done.stdout) == (0, True), done.stderr
+    else:
+        assert_one_sentence(done, "m.onnx: onnxruntime", "cannot load the graph", "Frobnicate")
+
+
+def test_a_source_that_may_not_be_read_is_not_taken_for_a_full_disk(
+    float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(ir, "load", forbidden)
+    with pytest.raises(SourceError, match=r"model.onnx: it cannot be read \(Permission denied\); check"):
+        compile_model(float_model, tmp_path / "out")
 
 
 COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -16,6 +16,8 @@ from scalefold.compiler.export import export_model, task_of
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.verify import sqnr
 
+RUN = subprocess.run
+
 
 def test_an_export_equals_the_model_at_any_batch_and_length(
     tiny_model: Any, float_model: Path, fresh_feeds: list[Feed]
@@ -79,10 +81,9 @@ def test_an_object_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let the exporting process run other code."""
-    run = subprocess.run
 
     def other(command: list[str], **options: Any) -> Any:
-        return run([sys.executable, "-c", code], **options)
+        return RUN([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(export.subprocess, "run", other)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -290,6 +292,21 @@ def test_small_weights_in_external_data_are_read_from_beside_the_model(
     np.testing.assert_allclose(Session(cleaned).run(feed)["y"], whole, rtol=1e-5)
     report = compile_model("elsewhere/m.onnx", "out", calibration=small_feeds())
     assert report.integer_layers == 2
+
+
+def test_a_model_that_takes_32_bit_token_ids_is_calibrated_on_text(float_model: Path, tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    model (int32[b, s] input_ids) => (float[b, s, 8] y) { e = Gather(table, input_ids)  y = MatMul(e, fc_weight) }"""
+    generator = np.random.default_rng(2)
+    made = onnx.parser.parse_model(text)
+    made.graph.initializer.extend(
+        numpy_helper.from_array(generator.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("table", (200, 16)), ("fc_weight", (16, 8)))
+    )
+    onnx.save(made, tmp_path / "model.onnx")
+    shutil.copyfile(float_model.with_name("tokenizer.json"), tmp_path / "tokenizer.json")
+    report = compile_model(tmp_path / "model.onnx", tmp_path / "out", samples=8)
+    assert report.integer_layers == 1
 
 
 def test_constants_are_folded_and_dead_nodes_are_gone(tmp_path: Path) -> None:

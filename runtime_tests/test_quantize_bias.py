@@ -9,12 +9,14 @@ from scalefold.passes.quantize_bias import QuantizeBias
 CONSTANTS = """
 <int8[2, 3] codes = {1, 2, 3, 4, -5, 6}, float[3] scales = {0.5, 0.25, 2.0}, float s = {0.5}, uint8 z = {3},
  float[3] c = {1.0, -1.0, 7.0}, int32[3] bias_codes = {4, -8, 7}, float[3] steps = {0.25, 0.125, 1.0},
- float number = {1.0}, float[2, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
+ int8[3] zeros = {0, 0, 0}, float number = {1.0}, float[2, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
 """
 FLAT = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[m, 2] q) => (float[m, 3] y)' + CONSTANTS
 STATIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[2, 64, 2] q) => (float[2, 64, 3] y)' + CONSTANTS
 DYNAMIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[b, s, 2] q) => (float[b, s, 3] y)' + CONSTANTS
 PRODUCT = "x = DequantizeLinear(q, s, z)  d = DequantizeLinear<axis = 1>(codes, scales)  [fc] p = MatMul(x, d)"
+EXPLICIT = PRODUCT.replace("scales)", "scales, zeros)")
+"""The same with the zero point of the weight written out."""
 BIAS = "k = DequantizeLinear<axis = 0>(bias_codes, steps)"
 
 
@@ -24,7 +26,7 @@ def test_a_bias_that_would_be_fused_to_float_gemm_becomes_int32(head: str, add: 
     result = check_pass(
         QuantizeBias(),
         before=head + f"{{ {PRODUCT} {add % 'c'} }}",
-        after=head + f"{{ {PRODUCT} {BIAS} {add % 'k'} }}",
+        after=head + f"{{ {EXPLICIT} {BIAS} {add % 'k'} }}",
     )
     assert [(event.where, event.reason) for event in result.rewrites] == [("fc", "int32 bias")]
 
@@ -39,7 +41,7 @@ def test_a_bias_that_another_node_reads_too_stays_for_it() -> None:
     check_pass(
         QuantizeBias(),
         before=FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, c) }}",
-        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k)  y = Mul(h, c) }}",
+        after=FLAT + f"{{ {EXPLICIT} {BIAS} h = Add(p, k)  y = Mul(h, c) }}",
     )
 
 
@@ -61,7 +63,7 @@ def test_a_float_layer_beside_a_quantized_one_keeps_its_bias() -> None:
     check_pass(
         QuantizeBias(),
         before=FLAT + f"{{ {PRODUCT} h = Add(p, c) {float_layer} y = Add(h, g) }}",
-        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k) {float_layer} y = Add(h, g) }}",
+        after=FLAT + f"{{ {EXPLICIT} {BIAS} h = Add(p, k) {float_layer} y = Add(h, g) }}",
     )
 
 
@@ -70,7 +72,7 @@ def test_a_layer_whose_activation_is_float_keeps_its_bias() -> None:
     check_pass(
         QuantizeBias(),
         before=FLAT + f"{{ {PRODUCT} h = Add(p, c) {more} y = Add(h, g) }}",
-        after=FLAT + f"{{ {PRODUCT} {BIAS} h = Add(p, k) {more} y = Add(h, g) }}",
+        after=FLAT + f"{{ {EXPLICIT} {BIAS} h = Add(p, k) {more} y = Add(h, g) }}",
     )
 
 
@@ -88,3 +90,22 @@ def test_a_bias_of_zero_in_one_column_leaves_the_others_as_they_are() -> None:
         QuantizeBias(),
         before=FLAT.replace("c = {1.0, -1.0, 7.0}", "c = {0.0, -1.0, 7.0}") + f"{{ {PRODUCT} y = Add(p, c) }}",
     )
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Tanh", "Sigmoid"])
+def test_an_activation_behind_the_sum_makes_no_difference(activation: str) -> None:
+    check_pass(
+        QuantizeBias(),
+        before=FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = {activation}(h) }}",
+        after=FLAT + f"{{ {EXPLICIT} {BIAS} h = Add(p, k)  y = {activation}(h) }}",
+    )
+
+
+def test_two_layers_without_names_are_both_rewritten() -> None:
+    first = PRODUCT.replace("[fc] ", "")
+    second = "v = DequantizeLinear(q, s, z)  e = DequantizeLinear<axis = 1>(codes, scales)  o = MatMul(v, e)"
+    result = check_pass(
+        QuantizeBias(),
+        before=FLAT + f"{{ {first} h = Add(p, c)  a = Tanh(h) {second} g = Add(o, c)  b = Relu(g)  y = Add(a, b) }}",
+    )
+    assert len(result.rewrites) == 2

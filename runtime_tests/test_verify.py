@@ -14,8 +14,9 @@ from scalefold.compiler.runtime import Session
 from scalefold.compiler.verify import Fidelity, layer_kernels, require_integer_kernels
 
 CONSTANTS = """<float s = {0.1}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4},
- int8[4] wz = {0, 0, 0, 0}, int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8}, float[4] b = {1.0, 2.0, 3.0, 4.0},
- int32[4] bc = {100, 100, 100, 100}, float[4] bs = {0.01, 0.02, 0.03, 0.04}, int64[3] pair = {0, 0, 4}>"""
+ int8[4] wz = {0, 0, 0, 0}, float[4] b = {1.0, 2.0, 3.0, 4.0}, int64[3] pair = {0, 0, 4},
+ int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8},
+ int32[4] bc = {100, 100, 100, 100}, float[4] bs = {0.01, 0.02, 0.03, 0.04}>"""
 WEIGHT = "wd = DequantizeLinear<axis = 1>(w, ws, wz)"
 QUANTIZE = "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)"
 
@@ -33,12 +34,12 @@ def saved(folder: Path, body: str, shape: str = "b, t, 4", out: str | None = Non
 
 
 SOUND = {
-    "three dynamic dimensions with a float bias": (
+    "three dynamic dimensions and a float bias": (
         f"{QUANTIZE} {WEIGHT} p = MatMul(d, wd) y = Add(p, b)",
         "b, t, 4",
         "MatMulIntegerToFloat",
     ),
-    "two dimensions with an int32 bias": (
+    "two dimensions and an int32 bias": (
         f"{QUANTIZE} {WEIGHT} bd = DequantizeLinear<axis = 0>(bc, bs) p = MatMul(d, wd) y = Add(p, bd)",
         "b, 4",
         "QGemm",
@@ -46,6 +47,17 @@ SOUND = {
     "the fused operator": (
         "q = QuantizeLinear(x, s, z) y = com.microsoft.MatMulIntegerToFloat(q, w, s, ws, z, , b)",
         "b, 4",
+        "MatMulIntegerToFloat",
+    ),
+    # onnxruntime moves the DequantizeLinear behind what only moves values.
+    "a Reshape after its QDQ pair": (
+        f"{QUANTIZE} {WEIGHT} r = Reshape(d, pair) y = MatMul(r, wd)",
+        "b, t, 4",
+        "MatMulIntegerToFloat",
+    ),
+    "a Transpose after its QDQ pair": (
+        f"{QUANTIZE} {WEIGHT} r = Transpose<perm = [1, 0, 2]>(d) y = MatMul(r, wd)",
+        "b, t, 4",
         "MatMulIntegerToFloat",
     ),
 }
@@ -90,14 +102,23 @@ SABOTAGED = {
         "its shapes are static and its bias is float",
         "quantize its bias to int32",
     ),
-    "a Reshape after its QDQ pair": (
-        f"{QUANTIZE} {WEIGHT} r = Reshape(d, pair) y = MatMul(r, wd)",
-        "b, t, 4",
-        "a Reshape stands between its QDQ pair and the product",
-        "quantize right before the product",
+    "an int32 bias beside a weight without a zero point": (
+        f"{QUANTIZE} wd = DequantizeLinear<axis = 1>(w, ws) bd = DequantizeLinear<axis = 0>(bc, bs) "
+        "p = MatMul(d, wd) y = Add(p, bd)",
+        "b, 4",
+        "its weight's DequantizeLinear has no zero point",
+        "write the zero point 0 out",
     ),
+    # Of this onnxruntime makes MatMulNBits, which rounds the activation anew on every run: 40 ms for 256 x 768 x 3072,
+    # against 24 ms in float and 14 ms by the integer kernel.
     "a float activation": (
         f"{WEIGHT} y = MatMul(x, wd)",
+        "b, t, 4",
+        "its activation is not quantized",
+        "quantize its input, or exclude it",
+    ),
+    "a Relu after its QDQ pair": (
+        f"{QUANTIZE} {WEIGHT} r = Relu(d) y = MatMul(r, wd)",
         "b, t, 4",
         "its activation is not quantized",
         "quantize its input, or exclude it",
@@ -120,20 +141,19 @@ def test_a_sabotaged_layer_is_an_error_with_reason_and_remedy(tmp_path: Path, ca
     require_integer_kernels(found, ["^fc$"])
 
 
-def test_weights_that_share_a_dequantizer_are_told_apart(tmp_path: Path) -> None:
-    again = "q2 = QuantizeLinear(h, s, z) d2 = DequantizeLinear(q2, s, z) y = MatMul(d2, wd)"
-    path = saved(tmp_path, f"{QUANTIZE} {WEIGHT} h = MatMul(d, wd) {again}")
-    found = layer_kernels(path)
-    assert [entry.name for entry in found] == ["fc", "fc2"]
-    missed = [entry for entry in found if not entry.integer]
-    assert missed, [entry.kernel for entry in found]
-    for entry in missed:
-        assert "shared with another layer" in entry.reason
-        assert "DequantizeLinear of its own" in entry.remedy
+def test_layers_that_share_a_weight_are_told_apart(tmp_path: Path) -> None:
+    # The first has no bias and becomes integer; the second has a float one and becomes a float Gemm.
+    again = "e = Exp(h) q2 = QuantizeLinear(e, s, z) d2 = DequantizeLinear(q2, s, z) p = MatMul(d2, wd) y = Add(p, b)"
+    found = layer_kernels(saved(tmp_path, f"{QUANTIZE} {WEIGHT} h = MatMul(d, wd) {again}", "b, 4"))
+    assert [(entry.name, entry.kernel, entry.integer) for entry in found] == [
+        ("fc", "MatMulIntegerToFloat", True),
+        ("fc2", "Gemm", False),
+    ]
+    assert "a two-dimensional product with a float bias" in found[1].reason
 
 
 def test_the_remedy_names_the_layer_as_a_pattern_that_matches_it(tmp_path: Path) -> None:
-    path = saved(tmp_path, f"{WEIGHT} y = MatMul(x, wd)")
+    path = saved(tmp_path, f"{QUANTIZE} {WEIGHT} p = MatMul(d, wd) y = Add(p, b)", "b, 4")
     model = ir.load(path)
     next(node for node in model.graph if node.name == "fc").name = "encoder.layer.0 (query)"
     ir.save(model, path)
