@@ -8,8 +8,10 @@ import inspect
 import json
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -169,9 +171,14 @@ def calibration_from(
     if isinstance(source, DataReader):
         return _spooled(iter(source.get_next, None), f"data reader {type(source).__name__}", model, samples)
     if isinstance(source, Iterable):
-        if isinstance(source, Sequence) and source and all(isinstance(entry, str) for entry in source):
-            return _from_texts(list(source), "texts", model, tokenizer_file, samples, max_length)
-        return _spooled(iter(source), "feeds", model, samples)
+        entries = iter(source)
+        first = next(entries, None)
+        rest = entries if isinstance(source, Sequence) else islice(entries, samples - 1)
+        if isinstance(first, str) and not isinstance(source, Mapping):
+            texts = [first, *rest]
+            if all(isinstance(entry, str) for entry in texts):
+                return _from_texts(texts, "texts", model, tokenizer_file, samples, max_length)
+        return _spooled(chain([] if first is None else [first], entries), "feeds", model, samples)
     raise CalibrationError(
         f"a {type(source).__name__} is not calibration data",
         where="calibration",
@@ -184,11 +191,11 @@ def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples
         raise CalibrationError("there is no such file", where=str(path), remedy="check the path of --calibration")
     try:
         if path.suffix == ".npz":
-            return _spooled(_npz_feeds(path), str(path), model, samples)
+            return _spooled(_npz_feeds(path, model), str(path), model, samples)
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".jsonl", ".ndjson"):
             return _from_json_lines(path, text, model, tokenizer_file, samples, max_length)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(
             f"it cannot be read ({' '.join(str(error).split())})",
             where=str(path),
@@ -219,8 +226,13 @@ def _typed(values: object, value: ir.Value | None) -> Array:
     return array.reshape((1,) * max(missing, 0) + array.shape)
 
 
-def _npz_feeds(path: Path, batch: int = 8) -> Iterator[Feed]:
-    with np.load(path) as archive:
+def _npz_feeds(path: Path, model: ir.Model, batch: int = 8) -> Iterator[Feed]:
+    fixed = [value.shape[0] for value in inputs_of(model).values() if value.shape]
+    batch = next((size for size in fixed if isinstance(size, int)), batch)
+    loaded = np.load(path)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError("it is one array, not an archive of arrays")
+    with loaded as archive:
         arrays = {name: archive[name] for name in archive.files}
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) > 1:
@@ -232,14 +244,14 @@ def _npz_feeds(path: Path, batch: int = 8) -> Iterator[Feed]:
 def _from_texts(
     texts: list[str], origin: str, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
 ) -> Calibration:
+    if not texts:
+        raise _empty(origin)
     if tokenizer_file is None:
         raise CalibrationError(
             "text needs a tokenizer and there is no tokenizer.json beside the model",
             where="calibration",
             remedy="put tokenizer.json beside the model, or give feeds with --calibration feeds.npz",
         )
-    if not texts:
-        raise _empty(origin)
     encode = TextEncoder(tokenizer_file, model, max_length)
     chosen = [texts[index] for index in np.linspace(0, len(texts) - 1, min(samples, len(texts))).astype(int)]
     return Calibration(lambda: (encode(text) for text in chosen), len(chosen), origin)
@@ -254,7 +266,10 @@ def _spooled(feeds: Iterator[Mapping[str, Array]], origin: str, model: ir.Model,
         if count == samples:
             break
         _check_feed(feed, inputs, f"sample {count} of {origin}")
-        arrays: dict[str, Any] = {name: np.asarray(feed[name]) for name in inputs}
+        arrays: dict[str, Any] = {
+            name: np.asarray(feed[name], dtype=None if value.dtype is None else value.dtype.numpy())
+            for name, value in inputs.items()
+        }
         np.savez(Path(folder.name) / f"{count}.npz", **arrays)
         count += 1
     if not count:
@@ -292,6 +307,20 @@ def _check_feed(feed: object, inputs: Mapping[str, ir.Value], where: str) -> Non
             raise CalibrationError(
                 f"{name} holds NaN or infinity", where=where, remedy="remove the sample or mend what made it"
             )
+        if misfit := _misfit(array, inputs[name]):
+            raise CalibrationError(f"{name} {misfit}", where=where, remedy="give what the model takes")
+
+
+def _misfit(array: Array, value: ir.Value) -> str | None:
+    """How an array differs from what an input takes, but for the width of its numbers."""
+    dtype = array.dtype if value.dtype is None else value.dtype.numpy()
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        return f"holds {array.dtype}, not {dtype}"
+    sizes = list(value.shape) if value.shape is not None else list(array.shape)
+    fits = len(sizes) == array.ndim and all(
+        size == found for size, found in zip(sizes, array.shape, strict=True) if isinstance(size, int)
+    )
+    return None if fits else f"has shape {list(array.shape)}, not {value.shape}"
 
 
 def rows_of(activation: Array, mask: Array | None) -> Float:

@@ -36,7 +36,7 @@ def quantized_matmuls(model: ir.Model) -> list[ir.Node]:
 
 
 def _normal_form(model: ir.Model) -> bool:
-    return not any(graph.constant(node.inputs[1]) is not None for node in graph.nodes(model, "Gemm"))
+    return all(graph.gemm_obstacle(node) for node in graph.nodes(model, "Gemm"))
 
 
 def _named_layers(model: ir.Model) -> bool:

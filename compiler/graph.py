@@ -213,6 +213,23 @@ def linear_at(node: ir.Node | None) -> Linear | None:
     return Linear(node.name or "", node, add, x, weight, bias, (add or node).outputs[0])
 
 
+def gemm_obstacle(gemm: ir.Node) -> str | None:
+    """Why a Gemm is not a linear layer, or None when it is one."""
+    if constant(gemm.inputs[1]) is None:
+        return "its right-hand side is not a constant"
+    if attribute(gemm, "transA", 0):
+        return "its left-hand side is transposed"
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if bias is None:
+        return None
+    array = constant(bias)
+    if array is None:
+        return "its bias is not a constant"
+    if array.size > 1 and array.shape[-1] != array.size:
+        return "its bias is not a vector"
+    return None
+
+
 def _is_vector(bias: ir.Value, weight: ir.Value) -> bool:
     assert weight.shape is not None
     return bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] == weight.shape[1]

@@ -161,6 +161,6 @@ def _largest_pair(weight: Float) -> Float:
     """Per column of [K, N], the largest |a| + |b| over neighbouring rows (2k, 2k+1) of one sign: shape [N]."""
     even, odd = weight[0::2], weight[1::2]
     even = even[: odd.shape[0]]
-    positive = (np.maximum(even, 0) + np.maximum(odd, 0)).max(axis=0)
-    negative = (np.minimum(even, 0) + np.minimum(odd, 0)).min(axis=0)
+    positive = (np.maximum(even, 0) + np.maximum(odd, 0)).max(axis=0, initial=0)
+    negative = (np.minimum(even, 0) + np.minimum(odd, 0)).min(axis=0, initial=0)
     return np.asarray(np.maximum(positive, -negative), dtype=np.float32)

@@ -21,6 +21,10 @@ REFINED_SHARES = (0.0, 0.01, 0.05, 0.12)
 """Shares of tokens to clip that the refinement tries at each quantizer, besides the one that all share."""
 
 
+SEARCHED = "scalefold.clip-ranges"
+"""Marks a quantizer in memory: behind clipped layers a second search measures other ranges, and never settles."""
+
+
 @dataclass(frozen=True)
 class ClipRanges:
     """Choose how much each activation quantizer clips, by the error of the graph's outputs.
@@ -80,6 +84,7 @@ class ClipRanges:
     ) -> PassResult:
         rewrites, declined = [], []
         for node, ratio in ratios.items():
+            node.meta[SEARCHED] = True
             affine = self._grid(tokens[node], ratio)
             if affine == _current_grid(node, self.bits):
                 declined.append(Event(node, "best as it is", {"ratio": ratio, **figures}))
@@ -137,6 +142,8 @@ def _refined(
 
 
 def _is_static(node: ir.Node) -> bool:
+    if SEARCHED in node.meta:
+        return False
     return graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
 
 

@@ -65,7 +65,7 @@ class FuseAttention:
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fuse every attention core that matches; decline a Softmax between products that does not, with a reason."""
         rewrites, declined = [], []
-        masks: dict[tuple[ir.Value, bool], ir.Value] = {}
+        masks: dict[tuple[ir.Value, bool, object], ir.Value] = {}
         opset = model.graph.opset_imports.get("", 0)
         for softmax in graph.nodes(model, "Softmax"):
             core = _match(softmax) if opset >= OLDEST_OPSET else f"opset {opset} cannot be raised to 23 as it is"
@@ -227,7 +227,7 @@ def _zeroes_unattended(guard: ir.Node, core: ir.Value, mask: ir.Value) -> bool:
     condition, zero, chosen = guard.inputs
     less = graph.producer(condition, "Less")
     total = graph.producer(less.inputs[0], "ReduceSum") if less is not None else None
-    counted = graph.producer(total.inputs[0], "Cast") if total is not None else None
+    counted = graph.producer(total.inputs[0], "Cast") if total is not None and _over_keys(total) else None
     barred = graph.producer(_unscaled(mask)[0], "Cast")
     negated = graph.producer(barred.inputs[0], "Not") if barred is not None else None
     return (
@@ -242,7 +242,15 @@ def _zeroes_unattended(guard: ir.Node, core: ir.Value, mask: ir.Value) -> bool:
     )
 
 
-def _fuse(model: ir.Model, softmax: ir.Node, core: _Core, masks: dict[tuple[ir.Value, bool], ir.Value]) -> ir.Node:
+def _over_keys(total: ir.Node) -> bool:
+    """Whether a sum is over the last axis alone and keeps it."""
+    axes = graph.constant(total.inputs[1]) if len(total.inputs) > 1 else None
+    return axes is not None and axes.tolist() in ([-1], [3]) and graph.attribute(total, "keepdims", 1) == 1
+
+
+def _fuse(
+    model: ir.Model, softmax: ir.Node, core: _Core, masks: dict[tuple[ir.Value, bool, object], ir.Value]
+) -> ir.Node:
     last = core.end.producer()
     assert last is not None
     inputs = [core.query.x, core.key.x, core.value.x]
@@ -251,7 +259,7 @@ def _fuse(model: ir.Model, softmax: ir.Node, core: _Core, masks: dict[tuple[ir.V
     attributes: dict[str, int | float] = {"q_num_heads": core.query.heads, "kv_num_heads": core.query.heads}
     if not math.isclose(core.factor, core.query.size**-0.5, rel_tol=1e-6):
         attributes["scale"] = core.factor
-    fused = ir.node("Attention", inputs, attributes, name=f"{softmax.name or 'softmax'}.attention")
+    fused = ir.node("Attention", inputs, attributes, name=f"{softmax.name or core.end.name}.attention")
     graph.like(fused.outputs[0], core.end)
     graph.insert_after(last, [fused])
     name = core.end.name
@@ -260,22 +268,23 @@ def _fuse(model: ir.Model, softmax: ir.Node, core: _Core, masks: dict[tuple[ir.V
     return fused
 
 
-def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool], ir.Value]) -> ir.Value:
+def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool, object], ir.Value]) -> ir.Value:
     """The mask as the operator takes it, made once for all layers that share it."""
     mask = core.mask
     assert mask is not None
-    if (mask, core.guarded) in masks:
-        return masks[mask, core.guarded]
+    key = (mask, core.guarded, _queries(core.query.x))
+    if key in masks:
+        return masks[key]
     result, new = mask, []
     if not core.guarded:
         lowest = graph.add_initializer(model, "attention_mask.lowest", np.array(NEARLY_LOWEST, dtype=np.float32))
-        new.append(ir.node("Max", [mask, lowest], name="attention_mask.raised"))
+        new.append(ir.node("Max", [mask, lowest], name=f"{core.end.name}.mask_raised"))
         result = graph.like(new[-1].outputs[0], mask)
     if mask.shape is None or mask.shape[2] == 1:
         one = graph.add_initializer(model, "attention_mask.one", np.ones(1, dtype=np.int64))
-        length = ir.node("Shape", [core.query.x], {"start": 1, "end": 2}, name="attention_mask.length")
-        shape = ir.node("Concat", [one, one, length.outputs[0], one], {"axis": 0}, name="attention_mask.shape")
-        expand = ir.node("Expand", [result, shape.outputs[0]], name="attention_mask.expanded")
+        length = ir.node("Shape", [core.query.x], {"start": 1, "end": 2}, name=f"{core.end.name}.mask_length")
+        shape = ir.node("Concat", [one, one, length.outputs[0], one], {"axis": 0}, name=f"{core.end.name}.mask_shape")
+        expand = ir.node("Expand", [result, shape.outputs[0]], name=f"{core.end.name}.mask_expanded")
         new += [length, shape, expand]
         result = expand.outputs[0]
         result.type = mask.type
@@ -286,8 +295,15 @@ def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool], i
         model.graph.insert_before(model.graph[0], new)
     elif new:
         graph.insert_after(anchor, new)
-    masks[mask, core.guarded] = result
+    masks[key] = result
     return result
+
+
+def _queries(x: ir.Value) -> object:
+    """What tells numbers of queries apart: the size or symbol of [B, S, C], or the value itself when S has none."""
+    size = x.shape[1] if x.shape is not None else None
+    known = size if isinstance(size, int) else size.value if size is not None else None
+    return x if known is None else known
 
 
 def _later(first: ir.Node | None, second: ir.Node | None) -> ir.Node | None:

@@ -55,7 +55,17 @@ def _obstacle(matmul: ir.Node) -> str | None:
         return "its weight is not int8"
     if graph.attribute(weight, "axis", 1) not in (1, -1):
         return "its weight is not quantized per column"
+    if (zero := graph.constant(weight.inputs[2]) if len(weight.inputs) > 2 else None) is not None and zero.any():
+        return "its weight has a zero point"
+    step = graph.constant(activation.inputs[1])
+    if step is not None and step.size != 1:
+        return "its activation is not quantized per tensor"
     return None
+
+
+def _fits(bias: ir.Value, weight: ir.Node) -> bool:
+    codes = weight.inputs[0]
+    return codes is not None and graph.whole_shape(bias) == graph.whole_shape(codes)[1:]
 
 
 def _lower(matmul: ir.Node) -> ir.Node:
@@ -64,7 +74,7 @@ def _lower(matmul: ir.Node) -> ir.Node:
     out = matmul.outputs[0]
     add = graph.only_consumer(out, "Add")
     bias = graph.other_input(add, out) if add is not None else None
-    if add is not None and (bias is None or not bias.is_initializer() or graph.rank(bias) != 1):
+    if add is not None and (bias is None or not bias.is_initializer() or not _fits(bias, weight)):
         add, bias = None, None
     inputs = [
         activation.inputs[0], weight.inputs[0], activation.inputs[1], weight.inputs[1],

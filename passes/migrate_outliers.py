@@ -18,6 +18,9 @@ from scalefold.compiler.runtime import Array, Session
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.walk import Walk
 
+MIGRATED = "scalefold.migrated"
+"""Marks a normalization in memory: a second search would start from a smaller threshold and never settle."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -111,6 +114,7 @@ class MigrateOutliers:
         figures |= {"largest_after": float(np.maximum(centred_high / s, -centred_low / s).max())}
         figures |= {"channels_scaled": int((s != 1).sum()), "readers": len(site.readers)}
         assert site.norm is not None
+        site.norm.meta[MIGRATED] = True
         return Event(site.norm, "shifted and scaled", figures)
 
     def _quantize(self, walk: Walk, site: Site, masks: Sequence[Array | None]) -> None:
@@ -143,6 +147,8 @@ def find_sites(model: ir.Model) -> list[Site]:
 def _obstacle(site: Site) -> str | None:
     if site.norm is None:
         return "not made by a LayerNormalization"
+    if MIGRATED in site.norm.meta:
+        return "migrated already"
     parameters = [entry for entry in site.norm.inputs[1:] if entry is not None]
     if any(graph.constant(entry) is None for entry in parameters):
         return "gain or bias of the normalization is not a constant"

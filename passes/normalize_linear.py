@@ -35,7 +35,7 @@ class NormalizeLinear:
             if node.op_type == "MatMul":
                 if _untranspose(model, node):
                     rewrites.append(Event(node, "transposed constant"))
-            elif reason := _obstacle(node):
+            elif reason := graph.gemm_obstacle(node):
                 declined.append(Event(node, reason))
             else:
                 rewrites.append(Event(_split(model, node), "Gemm"))
@@ -50,19 +50,10 @@ def _untranspose(model: ir.Model, matmul: ir.Node) -> bool:
     array = graph.constant(source)
     if transpose is None or source is None or array is None or array.ndim != 2:
         return False
+    if graph.attribute(transpose, "perm", (1, 0)) != (1, 0):
+        return False
     graph.replace_constant(model, matmul, 1, f"{source.name}_transposed", array.T)
     return True
-
-
-def _obstacle(gemm: ir.Node) -> str | None:
-    if graph.constant(gemm.inputs[1]) is None:
-        return "its right-hand side is not a constant"
-    if graph.attribute(gemm, "transA", 0):
-        return "its left-hand side is transposed"
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    if bias is not None and graph.constant(bias) is None:
-        return "its bias is not a constant"
-    return None
 
 
 def _split(model: ir.Model, gemm: ir.Node) -> ir.Node:
@@ -82,13 +73,9 @@ def _split(model: ir.Model, gemm: ir.Node) -> ir.Node:
     end = gemm.outputs[0]
     if bias is not None:
         array = np.asarray(graph.constant(bias), dtype=np.float32) * np.float32(beta)
-        if array.shape != (columns,):
-            array = np.broadcast_to(array.reshape(-1)[-columns:] if array.size > 1 else array.reshape(-1), (columns,))
-        vector = (
-            bias
-            if beta == 1.0 and graph.rank(bias) == 1
-            else graph.add_initializer(model, f"{bias.name}_vector", np.array(array))
-        )
+        fits = array.shape == (columns,)
+        array = np.broadcast_to(array.reshape(-1), (columns,))
+        vector = bias if beta == 1.0 and fits else graph.add_initializer(model, f"{bias.name}_vector", np.array(array))
         add = ir.node("Add", [matmul.outputs[0], vector], name=f"{gemm.name}_bias")
         graph.like(matmul.outputs[0], end)
         new.append(add)

@@ -20,8 +20,9 @@ class QuantizeBias:
     before:  Add(MatMul(dq(x), dq(W)), b)
     after:   Add(MatMul(dq(x), dq(W, zero point 0)), DequantizeLinear(codes, s_x * s_W; axis=0))
 
-    b, codes and s_W are [N]. onnxruntime fuses MatMul and Add of such shapes to Gemm before it looks for QDQ; only with an
-    int32 bias, and a zero point written out at the weight, does that Gemm become QGemm, the integer kernel. With three dynamic dimensions a float bias is best.
+    b, codes and s_W are [N]. onnxruntime fuses MatMul and Add of such shapes to Gemm before it looks for QDQ. Only with an
+    int32 bias, and a zero point written out at the weight, does that Gemm become QGemm, the integer kernel. With three
+    dynamic dimensions a float bias is best.
     """
 
     name: ClassVar[str] = "quantize-bias"
@@ -31,7 +32,7 @@ class QuantizeBias:
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize the biases of such layers; the others are left in float."""
-        rewrites = []
+        rewrites, declined = [], []
         for matmul in quantized_matmuls(model):
             activation, weight = graph.producer(matmul.inputs[0], "DequantizeLinear"), weight_dequantizer(matmul)
             add = graph.only_consumer(matmul.outputs[0], "Add")
@@ -41,6 +42,9 @@ class QuantizeBias:
             if not _fuses_to_gemm(matmul.inputs[0]):
                 continue
             scales = np.asarray(graph.constant(activation.inputs[1])) * np.asarray(graph.constant(weight.inputs[1]))
+            if np.abs(np.asarray(graph.constant(bias), dtype=np.float64) / scales).max() > np.iinfo(np.int32).max:
+                declined.append(Event(matmul, "its bias is too large for int32 at the scale of its weights"))
+                continue
             codes = schemes.bias_codes(np.asarray(graph.constant(bias), dtype=np.float32), scales)
             dequantize = ir.node(
                 "DequantizeLinear",
@@ -58,7 +62,7 @@ class QuantizeBias:
             rewrites.append(Event(matmul, "int32 bias"))
         if rewrites:
             graph.sweep(model)
-        return PassResult(tuple(rewrites))
+        return PassResult(tuple(rewrites), tuple(declined))
 
 
 def _write_zero_point_out(model: ir.Model, weight: ir.Node) -> None:

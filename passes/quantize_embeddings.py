@@ -74,7 +74,8 @@ class QuantizeEmbeddings:
         )
 
     def _look_up(self, gather: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
-        name, out, ids = gather.name or codes.name, gather.outputs[0], gather.inputs[1]
+        out, ids = gather.outputs[0], gather.inputs[1]
+        name = gather.name or out.name
         rows = ir.node("Gather", [codes, ids], {"axis": 0}, name=f"{name}_codes")
         steps = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{name}_scales")
         cast = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_cast")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
-from scalefold.compiler.facts import Fact
+from scalefold.compiler.facts import Fact, quantized_matmuls
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
 
 
@@ -43,7 +43,8 @@ class QuantizeWeights:
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize every linear layer; decline the excluded ones."""
         layers = graph.linear_layers(model)
-        left = refusals([layer.name for layer in layers], self.include, self.exclude)
+        names = [layer.name for layer in layers] + [node.name or "" for node in quantized_matmuls(model)]
+        left = refusals(names, self.include, self.exclude)
         shared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         rewrites, declined = [], []
         with ctx.progress("quantizing weights", len(layers)) as advance:

@@ -96,15 +96,17 @@ def _squares(value: ir.Value | None, x: ir.Value, mean: ir.Value) -> bool:
     if node.op_type == "Mul" and base is not second:
         return False
     sub = graph.producer(base, "Sub")
-    return sub is not None and sub.inputs[0] is x and _same_mean(sub.inputs[1], mean)
+    return sub is not None and sub.inputs[0] is x and _same_mean(sub.inputs[1], mean, x)
 
 
-def _same_mean(value: ir.Value | None, mean: ir.Value) -> bool:
-    node, other = graph.producer(value, "ReduceMean"), graph.producer(mean, "ReduceMean")
-    return value is mean or (node is not None and other is not None and node.inputs[0] is other.inputs[0])
+def _same_mean(value: ir.Value | None, mean: ir.Value, x: ir.Value) -> bool:
+    node = graph.producer(value, "ReduceMean")
+    return value is mean or (node is not None and node.inputs[0] is x and _last_axis(node, x))
 
 
 def _last_axis(reduce: ir.Node, x: ir.Value) -> bool:
+    if graph.attribute(reduce, "keepdims", 1) != 1:
+        return False
     axes = graph.attribute(reduce, "axes")
     if axes is None and len(reduce.inputs) > 1 and (array := graph.constant(reduce.inputs[1])) is not None:
         axes = array.tolist()

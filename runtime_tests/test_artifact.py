@@ -11,7 +11,7 @@ import pytest
 
 from scalefold.compiler import artifact
 from scalefold.compiler.errors import OutputError
-from scalefold.compiler.runtime import Session
+from scalefold.compiler.runtime import Feed, Session
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, 2] x, int64[b] n) => (float[b, 2] y)
@@ -134,7 +134,7 @@ def test_the_same_graph_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
     assert list(contents[0]) == ["model.onnx", "model.onnx.data"]
     assert artifact.size_of(tmp_path / "first") == sum(map(len, contents[0].values()))
-    feed = {"x": np.zeros((1, 2), dtype=np.float32), "n": np.zeros(1, dtype=np.int64)}
+    feed: Feed = {"x": np.zeros((1, 2), dtype=np.float32), "n": np.zeros(1, dtype=np.int64)}
     np.testing.assert_array_equal(Session(tmp_path / "first" / "model.onnx").run(feed)["y"], [[1.0, 2.0]])
 
 

@@ -158,7 +158,7 @@ def broken_tokenizer(folder: Path, model: Path) -> tuple[object, ...]:
 
 
 def float_input_model(nodes: list[onnx.NodeProto], initializers: dict[str, np.ndarray]) -> onnx.ModelProto:
-    shape = ["batch", "sequence", 8]
+    shape: list[str | int | None] = ["batch", "sequence", 8]
     made = helper.make_graph(
         nodes,
         "small",

@@ -85,7 +85,7 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     def other(command: list[str], **options: Any) -> Any:
         return RUN([sys.executable, "-c", code], **options)
 
-    monkeypatch.setattr(export.subprocess, "run", other)
+    monkeypatch.setattr(subprocess, "run", other)
 
 
 def test_an_exporter_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

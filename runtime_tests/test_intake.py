@@ -197,7 +197,7 @@ def small_model(*nodes: onnx.NodeProto, functions: tuple[onnx.FunctionProto, ...
         *nodes,
         helper.make_node("MatMul", ["g", "second.weight"], ["y"], name="second"),
     ]
-    shape = ["batch", "sequence", 32]
+    shape: list[str | int | None] = ["batch", "sequence", 32]
     made = helper.make_graph(
         body,
         "small",
