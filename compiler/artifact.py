@@ -52,7 +52,9 @@ def staged(output: Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
         yield scratch
     except OSError as error:
-        reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+        # numpy writes arrays itself, and says only how much of one went through
+        full = error.errno in FULL or (error.errno is None and str(error).endswith(" written"))
+        reason = "the disk is full" if full else error.strerror or str(error)
         raise OutputError(
             f"it cannot be written ({reason}), and any earlier output is untouched",
             where=str(output),

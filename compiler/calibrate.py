@@ -99,11 +99,21 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer_file: Path, model: ir.Model, max_length: int) -> None:
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises nothing more particular
+            raise CalibrationError(
+                f"it is not a tokenizer, or it is cut short ({error})",
+                where=str(tokenizer_file),
+                remedy="save the tokenizer again",
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
-        self._names = list(inputs_of(model))
-        unknown = sorted(set(self._names) - TEXT_INPUTS)
+        self._types = {
+            name: value.dtype.numpy() if value.dtype is not None else np.dtype(np.int64)
+            for name, value in inputs_of(model).items()
+        }
+        unknown = sorted(set(self._types) - TEXT_INPUTS)
         if unknown:
             raise CalibrationError(
                 f"text cannot fill the model's inputs {', '.join(unknown)}",
@@ -112,7 +122,7 @@ class TextEncoder:
             )
 
     def __call__(self, text: str) -> Feed:
-        """The feed of one text: int64 arrays of shape [1, tokens]."""
+        """The feed of one text: arrays of shape [1, tokens], of the integer types that the model takes."""
         encoding = self._tokenizer.encode(text)
         every = {
             "input_ids": encoding.ids,
@@ -120,7 +130,7 @@ class TextEncoder:
             "token_type_ids": encoding.type_ids,
             "position_ids": list(range(len(encoding.ids))),
         }
-        return {name: np.asarray([every[name]], dtype=np.int64) for name in self._names}
+        return {name: np.asarray([every[name]], dtype=dtype) for name, dtype in self._types.items()}
 
 
 def default_texts() -> list[str]:
@@ -344,6 +354,16 @@ def padding_mask(feed: Feed) -> Array | None:
     return mask if mask is not None and mask.ndim == 2 else None
 
 
+def require_finite(name: str, rows: Float, sample: int) -> None:
+    """Raise a CalibrationError when an activation's rows hold NaN or infinity."""
+    if not np.isfinite(rows).all():
+        raise CalibrationError(
+            f"the activation {name} becomes NaN or infinite",
+            where=f"calibration sample {sample}",
+            remedy="check the sample, and that the float model itself gives finite outputs on it",
+        )
+
+
 def collect(
     model: ir.Model, requests: Requests, feeds: Iterable[Feed], advance: Callable[[], None] = lambda: None
 ) -> dict[str, Statistic]:
@@ -366,12 +386,7 @@ def collect(
         mask = padding_mask(feed)
         for name, activation in session.run(feed).items():
             rows = rows_of(activation, mask)
-            if not np.isfinite(rows).all():
-                raise CalibrationError(
-                    f"the activation {name} becomes NaN or infinite",
-                    where=f"calibration sample {sample}",
-                    remedy="check the sample, and that the float model itself gives finite outputs on it",
-                )
+            require_finite(name, rows, sample)
             gathered[name].update(rows, sample)
         advance()
     return gathered

@@ -206,13 +206,12 @@ def recipes(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and a non-zero exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)
     except ScalefoldError as error:
         _fail(error)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(InterruptError("it was interrupted", where="scalefold", remedy="earlier output is whole; run it again"))
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except Exception as error:
@@ -224,8 +223,9 @@ def main() -> None:
         sys.exit(code)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop by our own error: of KeyboardInterrupt typer makes an exit without an exit code."""
+    raise InterruptError("it was interrupted", where="scalefold", remedy="earlier output is whole; run it again")
 
 
 def _fail(error: ScalefoldError) -> None:
@@ -273,9 +273,9 @@ def _fidelity(
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[..., Any]]:
-    """A factory of progress bars on stderr."""
+    """A factory of progress bars on stderr; none where nobody looks, or where only machines do."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, disable=quiet) as bars:
+    with Progress(*columns, console=errors, disable=quiet or not errors.is_terminal) as bars:
 
         @contextlib.contextmanager
         def open_bar(title: str, total: int) -> Iterator[Callable[[], None]]:

@@ -139,6 +139,15 @@ class _Source:
     bytes: int
 
     @property
+    def longest(self) -> int:
+        """The longest sequence that the model's config has positions for; without bound where it does not say."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            return int(config["max_position_embeddings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return sys.maxsize
+
+    @property
     def tokenizer_file(self) -> Path | None:
         path = self.folder / "tokenizer.json"
         return path if path.is_file() else None
@@ -252,7 +261,7 @@ class _Run:
             self.source.model,
             tokenizer_file=self.source.tokenizer_file,
             samples=options.samples + HELD_OUT,
-            max_length=options.max_length,
+            max_length=min(options.max_length, self.source.longest),
         )
         used, held = whole.split(HELD_OUT)
         self.held_out = held.head(HELD_OUT)

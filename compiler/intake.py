@@ -39,6 +39,12 @@ def read_onnx(path: Path) -> ir.Model:
         raise SourceError("there is no such file", where=str(path), remedy="check the path")
     try:
         model = ir.load(path)
+    except OSError as error:
+        raise SourceError(
+            f"it cannot be read ({error.strerror or error})",
+            where=str(path),
+            remedy="check its permissions and its disk",
+        ) from error
     except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _not_onnx(path) from error
     if not len(model.graph) or not model.graph.outputs:

@@ -15,7 +15,7 @@ import onnxruntime
 from onnx_ir.passes.common import NameFixPass
 
 from scalefold.compiler import graph
-from scalefold.compiler.errors import GraphError
+from scalefold.compiler.errors import CalibrationError, GraphError
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -61,13 +61,9 @@ class Session:
                     options.add_external_initializers(list(arrays), values)
                 self._session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises one private class per status code
-            if not type(error).__module__.startswith("onnxruntime"):
+            if not _is_from_onnxruntime(error):
                 raise
-            raise GraphError(
-                f"onnxruntime {onnxruntime.__version__} cannot load the graph ({_first_line(error)})",
-                where=str(source) if isinstance(source, Path) else "the graph",
-                remedy="check that its operators and opset are ones this onnxruntime has",
-            ) from error
+            raise _cannot_load(source if isinstance(source, Path) else "the graph", error) from error
         self.inputs: dict[str, str] = {entry.name: entry.type for entry in self._session.get_inputs()}
         self.outputs: list[str] = (
             list(outputs) if outputs is not None else [entry.name for entry in self._session.get_outputs()]
@@ -76,13 +72,22 @@ class Session:
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one feed; inputs that the graph does not take are left out."""
         feeds = {name: feed[name] for name in self.inputs if name in feed}
-        return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+        try:
+            return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+        except Exception as error:
+            if not _is_from_onnxruntime(error):
+                raise
+            raise CalibrationError(
+                f"onnxruntime cannot run the model on it ({_first_line(error)})",
+                where="a sample",
+                remedy="check that its token ids, shapes and types are ones the model takes",
+            ) from error
 
 
 def session_options(*, optimize: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
     """Quiet options that neither spin threads between runs nor hold on to memory."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -148,7 +153,12 @@ def optimized_graph(path: Path) -> ir.Model:
             "session.optimized_model_external_initializers_file_name", "optimized.onnx.data"
         )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            if not _is_from_onnxruntime(error):
+                raise
+            raise _cannot_load(path, error) from error
         # Weights are not read: only the structure matters here, and the folder goes away.
         return ir.from_proto(onnx.load(str(target), load_external_data=False))
 
@@ -171,5 +181,17 @@ def unsupported_ops(model: ir.Model) -> list[str]:
     )
 
 
+def _is_from_onnxruntime(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime")
+
+
+def _cannot_load(where: Path | str, error: Exception) -> GraphError:
+    return GraphError(
+        f"onnxruntime {onnxruntime.__version__} cannot load the graph ({_first_line(error)})",
+        where=str(where),
+        remedy="check that its operators and opset are ones this onnxruntime has",
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300].rstrip(". ")
+    return " ".join(str(error).split())[:300].rstrip(". ")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.facts import weight_dequantizer
+from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
 
@@ -73,7 +75,8 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
 
     Loads the file with onnxruntime at its default settings, reads the graph it optimises it to, and follows each weight.
     """
-    written = ir.load(path)
+    written = read_onnx(path)
+    ShapeInferencePass()(written)
     optimized = optimized_graph(path)
     by_weight = _kernels_by_weight(optimized)
     kernels = []
@@ -84,10 +87,11 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         shape = graph.whole_shape(weight)
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
-        found = by_weight.get(weight.name or "") or _by_node_name(optimized, node)
+        candidates = by_weight.get(weight.name or "")
+        found = candidates.pop(0) if candidates else _by_node_name(optimized, node)
         kernel = found.op_type if found is not None else "none"
         obstacle = _diagnose(node) if codes else None
-        integer = kernel in INTEGER_KERNELS and not (obstacle and "int8 activation" in obstacle[0])
+        integer = kernel in INTEGER_KERNELS and obstacle not in (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
         reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
         kernels.append(
             LayerKernel(node.name or weight.name or "", (shape[0], shape[1]), codes, kernel, integer, reason, remedy)
@@ -114,7 +118,7 @@ def require_integer_kernels(kernels: Sequence[LayerKernel], allow_float: Sequenc
         raise KernelError(
             f"onnxruntime runs it as {first.kernel}, not as an integer kernel, because {first.reason}{more}",
             where=f"layer {first.name}",
-            remedy=f"{first.remedy}, or accept it with --allow-float {re.escape(first.name)!r}",
+            remedy=f"{first.remedy}, or accept it with --allow-float '{re.escape(first.name)}'",
         )
 
 
@@ -129,15 +133,15 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
     return value, value.dtype != ir.DataType.FLOAT
 
 
-def _kernels_by_weight(optimized: ir.Model) -> dict[str, ir.Node]:
-    """For each weight's name the linear operator that reads it, directly or through a DequantizeLinear."""
-    found: dict[str, ir.Node] = {}
+def _kernels_by_weight(optimized: ir.Model) -> dict[str, list[ir.Node]]:
+    """For each weight's name the linear operators that read it, directly or through a DequantizeLinear, in order."""
+    found: dict[str, list[ir.Node]] = {}
     for node in graph.nodes(optimized, *LINEAR_OPS):
         for value in node.inputs:
             through = graph.producer(value, "DequantizeLinear")
             source = through.inputs[0] if through is not None else value
             if source is not None and source.is_initializer():
-                found.setdefault(source.name or "", node)
+                found.setdefault(source.name or "", []).append(node)
     return found
 
 
@@ -152,27 +156,27 @@ def _diagnose(node: ir.Node) -> tuple[str, str] | None:
     """(reason, remedy) of the first known obstacle to an integer kernel, as the written graph shows it."""
     fused = node.op_type not in ("MatMul", "Gemm")
     if fused:
-        codes = node.inputs[0]
-        if codes is not None and codes.dtype == ir.DataType.INT8:
-            return _INT8_ACTIVATION
-        return None
+        zero = node.inputs[4] if node.op_type == "MatMulIntegerToFloat" and len(node.inputs) > 4 else None
+        return _INT8_ACTIVATION if _is_int8(node.inputs[0]) or _is_int8(zero) else None
     activation, weight = graph.producer(node.inputs[0], "DequantizeLinear"), weight_dequantizer(node)
     assert weight is not None
     if activation is None:
         moved = graph.producer(node.inputs[0], "Reshape", "Transpose", "Squeeze", "Unsqueeze")
         if moved is not None and graph.producer(moved.inputs[0], "DequantizeLinear") is not None:
             return f"a {moved.op_type} stands between its QDQ pair and the product", "quantize right before the product"
-        return "its activation is not quantized", "quantize its input, or exclude it from the recipe"
-    if activation.inputs[0] is not None and activation.inputs[0].dtype == ir.DataType.INT8:
+        return _FLOAT_ACTIVATION
+    if any(_is_int8(activation.inputs[index]) for index in (0, 2) if index < len(activation.inputs)):
         return _INT8_ACTIVATION
     if weight.inputs[0] is not None and weight.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4):
         return "its weight is int4 behind an 8-bit activation", "store it as int8 codes"
+    if (obstacle := _bias_obstacle(node)) is not None:
+        return obstacle
     if len(graph.consumers(weight.outputs[0])) > 1:
         return (
             "its weight's DequantizeLinear is shared with another layer",
             "give each layer a DequantizeLinear of its own",
         )
-    return _bias_obstacle(node)
+    return None
 
 
 def _bias_obstacle(node: ir.Node) -> tuple[str, str] | None:
@@ -201,6 +205,11 @@ def _bias_obstacle(node: ir.Node) -> tuple[str, str] | None:
     return None
 
 
+def _is_int8(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.INT8
+
+
+_FLOAT_ACTIVATION = ("its activation is not quantized", "quantize its input, or exclude it from the recipe")
 _INT8_ACTIVATION = (
     "of its int8 activation, for which onnxruntime only has a reference kernel slower than float",
     "quantize activations to uint8",

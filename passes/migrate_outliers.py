@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
-from scalefold.compiler.calibrate import padding_mask, rows_of
+from scalefold.compiler.calibrate import padding_mask, require_finite, rows_of
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.graph import Linear
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
@@ -83,7 +83,8 @@ class MigrateOutliers:
         masks = [padding_mask(feed) for feed in ctx.search]
         with ctx.progress("migrating outliers", len(sites)) as advance:
             for site in sites:
-                walk.value(site.x)
+                for sample, (x, mask) in enumerate(zip(walk.value(site.x), masks, strict=True)):
+                    require_finite(site.x.name or "", rows_of(x, mask), sample)
                 if reason := _obstacle(site):
                     if site.norm is not None:
                         declined.append(Event(site.norm, reason))

@@ -293,11 +293,11 @@ CASES: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     ),
     "feeds of another type": (
         npz(input_ids=IDS * 1.0, attention_mask=ONES, token_type_ids=ONES * 0),
-        ("sample 0 of feeds.npz: input_ids is of float64, not int64", "astype"),
+        ("sample 0 of feeds.npz: input_ids holds float64, not int64", "give what the model takes"),
     ),
     "feeds of another rank": (
         npz(input_ids=IDS[0], attention_mask=ONES[0], token_type_ids=ONES[0]),
-        ("sample 0 of feeds.npz: input_ids has 1 dimensions, not 2",),
+        ("sample 0 of feeds.npz: input_ids has shape [6], not [", "give what the model takes"),
     ),
     "feeds with no samples": (npz(input_ids=IDS[:0], attention_mask=IDS[:0], token_type_ids=IDS[:0]), ("no samples",)),
     "feeds that are not an npz": (not_npz, ("feeds.npz: it cannot be read",)),
