@@ -66,12 +66,12 @@ class Calibration:
                 digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def split(self, held: int) -> tuple[Calibration, Calibration]:
+    def split(self, held: int, wanted: int) -> tuple[Calibration, Calibration]:
         """A set to calibrate with and one of `held` samples to compare on, evenly spaced.
 
-        When that would leave fewer than twice as many to calibrate with, both are the whole set.
+        When that would leave fewer to calibrate with than are wanted, and than twice as many, both are the whole set.
         """
-        if self.count < 3 * held:
+        if self.count - held < min(wanted, 2 * held):
             return self, self
         apart = frozenset(np.linspace(1, self.count - 2, held).astype(int).tolist())
 

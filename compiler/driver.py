@@ -263,7 +263,7 @@ class _Run:
             samples=options.samples + HELD_OUT,
             max_length=min(options.max_length, self.source.longest),
         )
-        used, held = whole.split(HELD_OUT)
+        used, held = whole.split(HELD_OUT, options.samples)
         self.held_out = held.head(HELD_OUT)
         self.held_origin = f"{held.count} samples of {whole.origin}"
         self.held_origin += ", held out" if held is not whole else ", which were calibrated on: too few to hold any out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
     folder: Path | None = None
     for name, value in copy.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8:
+        small = tensor is None or tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8
+        if tensor is None or (small and not isinstance(tensor, ir.ExternalTensor)):
             continue
         if isinstance(tensor, ir.ExternalTensor):
             path = Path(tensor.path)
@@ -132,15 +133,6 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
     proto = ir.to_proto(copy)
     assert isinstance(proto, onnx.ModelProto)
     return proto.SerializeToString(), arrays, folder
-
-
-def run_all(session: Session, feeds: Iterable[Feed], advance: Callable[[], None]) -> list[dict[str, Array]]:
-    """Run every feed and keep the outputs: for the few feeds of a search, never for a whole calibration set."""
-    results = []
-    for feed in feeds:
-        results.append(session.run(feed))
-        advance()
-    return results
 
 
 def optimized_graph(path: Path) -> ir.Model:

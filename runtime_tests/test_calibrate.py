@@ -398,7 +398,7 @@ def numbers_of(calibration: Calibration) -> list[int]:
 
 @pytest.mark.parametrize(("count", "held"), [(144, 16), (48, 16), (100, 7), (3, 1), (50, 1)])
 def test_a_split_is_even_disjoint_and_whole(count: int, held: int) -> None:
-    used, apart = numbered(count).split(held)
+    used, apart = numbered(count).split(held, 128)
     assert (used.count, apart.count) == (count - held, held)
     assert len(numbers_of(apart)) == held
     assert sorted(numbers_of(used) + numbers_of(apart)) == list(range(count))
@@ -410,7 +410,7 @@ def test_a_split_is_even_disjoint_and_whole(count: int, held: int) -> None:
 @pytest.mark.parametrize("count", [1, 16, 47])
 def test_too_few_samples_are_not_split(count: int) -> None:
     whole = numbered(count)
-    used, apart = whole.split(16)
+    used, apart = whole.split(16, 128)
     assert used is whole
     assert apart is whole
 
