@@ -95,3 +95,10 @@ def test_a_folder_without_model_or_tokenizer_is_refused(tmp_path: Path, missing:
         (tmp_path / name).touch()
     with pytest.raises(SourceError, match=f"there is no {missing} in it; give a compiled folder"):
         open_folder(tmp_path)
+
+
+def test_a_tokenizer_that_is_cut_short_is_one_error(float_model: Path, tmp_path: Path) -> None:
+    whole = float_model.with_name("tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2], encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"tokenizer.json: it is not a tokenizer"):
+        embed(Session(float_model), tmp_path / "tokenizer.json", SENTENCES, steps)
