@@ -89,6 +89,22 @@ class Calibration:
         return [feed for index, feed in enumerate(self.feeds()) if index in chosen]
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        CalibrationError: it is not one, or it is cut short.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise CalibrationError(
+            f"it is not a tokenizer, or it is cut short ({error})",
+            where=str(path),
+            remedy="save the tokenizer again",
+        ) from error
+
+
 class TextEncoder:
     """Turns text into the feeds of a model whose inputs are token ids.
 
@@ -99,14 +115,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer_file: Path, model: ir.Model, max_length: int) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # tokenizers raises nothing more particular
-            raise CalibrationError(
-                f"it is not a tokenizer, or it is cut short ({error})",
-                where=str(tokenizer_file),
-                remedy="save the tokenizer again",
-            ) from error
+        self._tokenizer = read_tokenizer(tokenizer_file)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         self._types = {

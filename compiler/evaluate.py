@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from tokenizers import Tokenizer
 
 from scalefold.compiler.artifact import MODEL
-from scalefold.compiler.calibrate import TextEncoder
+from scalefold.compiler.calibrate import TextEncoder, read_tokenizer
 from scalefold.compiler.errors import CalibrationError, SourceError
 from scalefold.compiler.runtime import Feed, Session, inputs_of
 from scalefold.compiler.verify import Fidelity, fidelity
@@ -70,7 +69,7 @@ def embed(session: Session, tokenizer_file: Path, sentences: Sequence[str], adva
 
     Sentences run in batches of 16 of similar length.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = read_tokenizer(tokenizer_file)
     tokenizer.enable_truncation(128)
     tokenizer.enable_padding()
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
