@@ -87,8 +87,7 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         shape = graph.whole_shape(weight)
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
-        candidates = by_weight.get(weight.name or "")
-        found = candidates.pop(0) if candidates else _by_node_name(optimized, node)
+        found = _of_layer(by_weight.get(weight.name or "", []), node) or _by_node_name(optimized, node)
         kernel = found.op_type if found is not None else "none"
         obstacle = _diagnose(node) if codes else None
         integer = kernel in INTEGER_KERNELS and obstacle not in (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
@@ -143,6 +142,16 @@ def _kernels_by_weight(optimized: ir.Model) -> dict[str, list[ir.Node]]:
             if source is not None and source.is_initializer():
                 found.setdefault(source.name or "", []).append(node)
     return found
+
+
+def _of_layer(readers: list[ir.Node], node: ir.Node) -> ir.Node | None:
+    """The reader that stands for `node`: layers that share a weight are told apart by name, else by order."""
+    if not readers:
+        return None
+    named = [reader for reader in readers if node.name and node.name in (reader.name or "").replace("/", " ").split()]
+    chosen = (named or readers)[0]
+    readers.remove(chosen)
+    return chosen
 
 
 def _by_node_name(optimized: ir.Model, node: ir.Node) -> ir.Node | None:

@@ -96,12 +96,16 @@ def _match(softmax: ir.Node) -> _Core | str:
         return "queries, keys and values differ in heads"
     if mask is not None and graph.rank(mask) != 4:
         return "the mask is not four-dimensional"
-    if cleared and (mask is None or not _bars_with_infinity(mask)):
-        return "NaN is cleared from its probabilities, but the mask is not made of 0 and minus infinity"
+    if cleared:
+        barrier = _barrier(mask)
+        if barrier is None:
+            return "NaN is cleared from its probabilities, but the mask is not made of 0 and minus infinity"
+        cleared = barrier == -math.inf  # a finite barrier never makes NaN: there is nothing to clear
     guard = graph.only_consumer(weighted.outputs[0], "Where")
     if guard is not None and (mask is None or not _zeroes_unattended(guard, weighted.outputs[0], mask)):
         return "its output is selected by a condition other than `every key is masked`"
-    end = _joined(guard.outputs[0] if guard is not None else weighted.outputs[0], query.heads * query.size)
+    core = _reshaped_to_itself(guard.outputs[0] if guard is not None else weighted.outputs[0], product, weighted)
+    end = _joined(core, query.heads * query.size)
     if end is None:
         return "the heads are not joined behind it"
     return _Core(query, key, value, mask, factor * query.factor * key.factor, cleared or guard is not None, end)
@@ -122,10 +126,13 @@ def _without_nan(softmax: ir.Node) -> tuple[ir.Value, bool]:
     return out, False
 
 
-def _bars_with_infinity(mask: ir.Value) -> bool:
-    """Whether a mask is Where(allowed, 0, -infinity)."""
+def _barrier(mask: ir.Value | None) -> float | None:
+    """The negative number in a mask that is made of 0 and it by Where, or None."""
     choice = graph.producer(mask, "Where")
-    return choice is not None and {graph.scalar(entry) for entry in choice.inputs[1:]} == {0.0, -math.inf}
+    first, second = map(graph.scalar, choice.inputs[1:]) if choice is not None else (None, None)
+    if first is None or second is None or max(first, second) != 0.0:
+        return None
+    return min(first, second)
 
 
 def _scores(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None, float]:
@@ -208,6 +215,34 @@ def _pieces(reshape: ir.Node) -> list[int | None]:
 def _permutation(transpose: ir.Node) -> tuple[int, ...]:
     found = graph.attribute(transpose, "perm", ())
     return tuple(found) if isinstance(found, tuple | list) else ()
+
+
+def _reshaped_to_itself(core: ir.Value, product: ir.Node, weighted: ir.Node) -> ir.Value:
+    """What is behind Reshape(core, [B, -1, S, D]), which changes nothing: the TorchScript exporter writes it for sdpa.
+
+    B is read from the core itself, S from the queries and D from the values, all of them [B, H, S, D].
+    """
+    readers = [node for node in graph.consumers(core) if node.op_type != "Shape"]
+    reshape = readers[0] if len(readers) == 1 and readers[0].op_type == "Reshape" else None
+    concat = graph.producer(reshape.inputs[1], "Concat") if reshape is not None else None
+    if reshape is None or concat is None or len(concat.inputs) != 4 or graph.scalar(concat.inputs[1]) != -1:
+        return core
+    owners = (core, None, _unscaled(product.inputs[0])[0], weighted.inputs[1])
+    same = all(
+        owner is None or _is_size(piece, owner, axis)
+        for axis, (piece, owner) in enumerate(zip(concat.inputs, owners, strict=True))
+    )
+    return reshape.outputs[0] if same else core
+
+
+def _is_size(value: ir.Value | None, owner: ir.Value, axis: int) -> bool:
+    """Whether `value` is Unsqueeze(Gather(Shape(owner), axis))."""
+    lifted = graph.producer(value, "Unsqueeze")
+    gather = graph.producer(lifted.inputs[0], "Gather") if lifted is not None else None
+    shape = graph.producer(gather.inputs[0], "Shape") if gather is not None else None
+    return (
+        gather is not None and shape is not None and shape.inputs[0] is owner and graph.scalar(gather.inputs[1]) == axis
+    )
 
 
 def _joined(value: ir.Value, width: int) -> ir.Value | None:
