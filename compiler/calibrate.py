@@ -147,7 +147,10 @@ def default_texts() -> list[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     documents = [topics[key] for key in sorted(topics)]
     for name in MODULES_WITH_PROSE:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # turtle needs tkinter, which some distributions package apart
+            continue
         members = [member for _, member in inspect.getmembers(module, inspect.isclass) if member.__module__ == name]
         documents += [inspect.getdoc(entry) or "" for entry in (module, *members)]
     texts: dict[str, None] = {}

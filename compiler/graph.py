@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -260,13 +260,3 @@ def descendants(value: ir.Value) -> set[ir.Node]:
             for out in node.outputs:
                 pending.extend(consumers(out))
     return found
-
-
-def initializers_of(selected: Sequence[ir.Node]) -> Iterator[ir.Value]:
-    """The initializers that `selected` nodes read, each once."""
-    seen: set[str] = set()
-    for node in selected:
-        for value in node.inputs:
-            if value is not None and value.is_initializer() and value.name not in seen:
-                seen.add(value.name or "")
-                yield value

@@ -258,6 +258,10 @@ def sqnr(wanted: Array, got: Array) -> float:
     """Signal to quantization noise ratio in dB; 200 for equal arrays."""
     noise = float(np.square(wanted - got, dtype=np.float64).sum())
     signal = float(np.square(wanted, dtype=np.float64).sum())
+    return _decibels(signal, noise)
+
+
+def _decibels(signal: float, noise: float) -> float:
     return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-30) / noise)))
 
 
@@ -285,8 +289,7 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -
             reference = rows_of(wanted[name], mask)
             signal[name] += float(np.square(reference, dtype=np.float64).sum())
             noise[name] += float(np.square(rows_of(got[name], mask) - reference, dtype=np.float64).sum())
-    ratio = {name: 200.0 if noise[name] == 0 else 10 * float(np.log10(signal[name] / noise[name])) for name in names}
-    return {layer: ratio[value] for layer, value in outputs.items()}
+    return {layer: _decibels(signal[value], noise[value]) for layer, value in outputs.items()}
 
 
 def _layer_output(matmul: ir.Node) -> str:

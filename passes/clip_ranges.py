@@ -20,7 +20,6 @@ from scalefold.compiler.stats import TokenRange
 REFINED_SHARES = (0.0, 0.01, 0.05, 0.12)
 """Shares of tokens to clip that the refinement tries at each quantizer, besides the one that all share."""
 
-
 SEARCHED = "scalefold.clip-ranges"
 """Marks a quantizer in memory: behind clipped layers a second search measures other ranges, and never settles."""
 
@@ -56,7 +55,8 @@ class ClipRanges:
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Search the ratios and set them; declines the quantizers that are best left as they are."""
-        quantizers = [node for node in graph.nodes(model, "QuantizeLinear") if _is_static(node)]
+        found = [node for node in graph.nodes(model, "QuantizeLinear") if _is_static(node)]
+        quantizers = [node for node in found if SEARCHED not in node.meta]
         if not quantizers:
             return PassResult()
         tokens = _token_ranges(model, quantizers, ctx)
@@ -142,8 +142,6 @@ def _refined(
 
 
 def _is_static(node: ir.Node) -> bool:
-    if SEARCHED in node.meta:
-        return False
     return graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
 
 

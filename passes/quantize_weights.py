@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from scalefold.compiler import graph, schemes
+from scalefold.compiler import graph, schemes, verify
 from scalefold.compiler.facts import Fact, quantized_matmuls
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
 
@@ -78,7 +78,4 @@ class QuantizeWeights:
         graph.insert_before(layer.matmul, [dequantize])
         layer.matmul.replace_input_with(1, dequantize.outputs[0])
         rounded = np.asarray(graph.constant(codes_value), dtype=np.float32) * np.asarray(graph.constant(scales_value))
-        weight = layer.weights()
-        noise = np.square(weight - rounded, dtype=np.float64).sum()
-        signal = np.square(weight, dtype=np.float64).sum()
-        return {"weight_sqnr_db": float(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)))}
+        return {"weight_sqnr_db": verify.sqnr(layer.weights(), rounded)}
