@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from tokenizers import Tokenizer
 
+from scalefold.compiler.decoder import decoder_of, is_decoder
 from scalefold.compiler.errors import CalibrationError
 from scalefold.compiler.protocol import Requests
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
@@ -142,8 +143,67 @@ class TextEncoder:
         return {name: np.asarray([every[name]], dtype=dtype) for name, dtype in self._types.items()}
 
 
+class RunningText:
+    """Cuts windows out of running text, as the feeds of a decoder with an empty cache.
+
+    A step behind a cache computes for its tokens what a prompt that holds the same tokens computes for them, so windows
+    fed whole cover the activations of prefill and decode alike.
+
+    Args:
+        tokenizer_file: a `tokenizer.json` of the `tokenizers` library.
+        model: the decoder.
+        length: tokens per window.
+        text: what windows are cut from.
+    """
+
+    def __init__(self, tokenizer_file: Path, model: ir.Model, length: int, text: str) -> None:
+        self._tokenizer = read_tokenizer(tokenizer_file)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._decoder = decoder_of(model)
+        self._length = length
+        self._text = text
+
+    def windows(self, count: int) -> list[Feed]:
+        """At most `count` windows of equal length that begin at lines evenly spaced over the text."""
+        found: list[list[int]] = []
+        end = 0
+        for wanted in np.linspace(0, len(self._text), count, endpoint=False).astype(int):
+            start = self._text.find("\n", max(int(wanted), end)) + 1 if max(wanted, end) else 0
+            piece = self._text[start : start + 8 * self._length]
+            encoding = self._tokenizer.encode(piece, add_special_tokens=False)
+            if len(encoding.ids) >= self._length and (start or not found):
+                found.append(encoding.ids[: self._length])
+                end = start + encoding.offsets[self._length - 1][1]
+        if not found:
+            ids = self._tokenizer.encode(self._text, add_special_tokens=False).ids
+            found = [ids] if len(ids) > 1 else []
+        return [self._decoder.prompt_feed(np.asarray([ids])) for ids in found]
+
+
 def default_texts() -> list[str]:
     """Paragraphs and single sentences of English that every Python installation carries, in a fixed order."""
+    texts: dict[str, None] = {}
+    for document in _documents():
+        for paragraph in re.split(r"\n\s*\n", document):
+            flat = " ".join(paragraph.split())
+            if _is_prose(flat):
+                texts[flat] = None
+                for sentence in re.split(r"(?<=[.!?]) +(?=[A-Z])", flat):
+                    if _is_prose(sentence):
+                        texts[sentence] = None
+    return list(texts)
+
+
+def default_running_text() -> str:
+    """The paragraphs of prose behind `default_texts`, in their order."""
+    paragraphs = (
+        " ".join(paragraph.split()) for document in _documents() for paragraph in re.split(r"\n\s*\n", document)
+    )
+    return "\n".join(dict.fromkeys(paragraph for paragraph in paragraphs if _is_prose(paragraph)))
+
+
+def _documents() -> list[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     documents = [topics[key] for key in sorted(topics)]
     for name in MODULES_WITH_PROSE:
@@ -153,16 +213,7 @@ def default_texts() -> list[str]:
             continue
         members = [member for _, member in inspect.getmembers(module, inspect.isclass) if member.__module__ == name]
         documents += [inspect.getdoc(entry) or "" for entry in (module, *members)]
-    texts: dict[str, None] = {}
-    for document in documents:
-        for paragraph in re.split(r"\n\s*\n", document):
-            flat = " ".join(paragraph.split())
-            if _is_prose(flat):
-                texts[flat] = None
-                for sentence in re.split(r"(?<=[.!?]) +(?=[A-Z])", flat):
-                    if _is_prose(sentence):
-                        texts[sentence] = None
-    return list(texts)
+    return documents
 
 
 def _is_prose(text: str) -> bool:
@@ -186,6 +237,8 @@ def calibration_from(
     Raises:
         CalibrationError: the source is empty, unreadable, or does not fit the model.
     """
+    if source is None and is_decoder(model):
+        return _from_texts([default_running_text()], DEFAULT_ORIGIN, model, tokenizer_file, samples, max_length)
     if source is None:
         return _from_texts(default_texts(), DEFAULT_ORIGIN, model, tokenizer_file, samples, max_length)
     if isinstance(source, str | Path):
@@ -224,6 +277,8 @@ def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples
             remedy="give UTF-8 text, JSON lines, or an .npz with one array per input",
         ) from error
     lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 4]
+    if is_decoder(model):
+        lines = [text] if lines else []
     return _from_texts(lines, str(path), model, tokenizer_file, samples, max_length)
 
 
@@ -274,6 +329,11 @@ def _from_texts(
             where="calibration",
             remedy="put tokenizer.json beside the model, or give feeds with --calibration feeds.npz",
         )
+    if is_decoder(model):
+        windows = RunningText(tokenizer_file, model, max_length, "\n".join(texts)).windows(samples)
+        if not windows:
+            raise _empty(origin)
+        return Calibration(lambda: iter(windows), len(windows), origin)
     encode = TextEncoder(tokenizer_file, model, max_length)
     chosen = [texts[index] for index in np.linspace(0, len(texts) - 1, min(samples, len(texts))).astype(int)]
     return Calibration(lambda: (encode(text) for text in chosen), len(chosen), origin)
@@ -361,9 +421,11 @@ def rows_of(activation: Array, mask: Array | None) -> Float:
 
 
 def padding_mask(feed: Feed) -> Array | None:
-    """The feed's attention mask when it is of shape [batch, length]."""
-    mask = feed.get("attention_mask")
-    return mask if mask is not None and mask.ndim == 2 else None
+    """The feed's attention mask when it is of shape [batch, length]; of a decoder's, the part for the new tokens."""
+    mask, ids = feed.get("attention_mask"), feed.get("input_ids")
+    if mask is None or mask.ndim != 2:
+        return None
+    return mask[:, -ids.shape[1] :] if ids is not None and ids.ndim == 2 else mask
 
 
 def require_finite(name: str, rows: Float, sample: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: compile, verify, inspect, eval, recipes."""
+"""The command line: compile, verify, inspect, eval, generate, recipes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from rich.table import Table
 from scalefold.compiler import artifact, evaluate, graph, verify
 from scalefold.compiler.driver import CompileReport, compile_model, open_source, reference_models
 from scalefold.compiler.errors import InterruptError, ScalefoldError, SourceError
+from scalefold.compiler.generate import Generator, Sampling
 from scalefold.compiler.recipe import Target, load_recipe, named_recipes
-from scalefold.compiler.runtime import Session, inputs_of
+from scalefold.compiler.runtime import inputs_of
 
 app = typer.Typer(
     name="scalefold",
@@ -169,18 +170,34 @@ def inspect(
 @app.command("eval")
 def eval_command(
     folder: Annotated[Path, typer.Argument(help="A compiled folder, or an .onnx file with tokenizer.json beside it.")],
-    data: Annotated[Path, typer.Option(help="sts: a file of the STS benchmark; fidelity: text, one sample a line.")],
-    metric: Annotated[str, typer.Option(help="sts or fidelity.")] = "sts",
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="sts: a file of the STS benchmark; perplexity, agreement: running text; masked, fidelity: one text a"
+            " line; classification: text, tab, label a line, or JSON lines with text and label."
+        ),
+    ],
+    metric: Annotated[str, typer.Option(help=f"{', '.join(evaluate.METRICS)}.")] = "sts",
     against: Annotated[
         str | None, typer.Option(help="The float model: a hub id, folder, .onnx file or reference model's name.")
     ] = None,
+    window: Annotated[int, typer.Option(help="perplexity, agreement: tokens of a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="perplexity, agreement: tokens from window to window; default: no overlap.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="perplexity, agreement: take the first so many; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="masked: which tokens are masked.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a compiled model: STS (Spearman x 100), and cosine to the float model where --against gives one."""
-    if metric not in ("sts", "fidelity"):
-        raise SourceError(f"there is no metric {metric!r}", where="--metric", remedy="choose sts or fidelity")
+    """Measure a compiled model, and the float model beside it where --against gives one."""
+    if metric not in evaluate.METRICS:
+        choices = ", ".join(evaluate.METRICS)
+        raise SourceError(f"there is no metric {metric!r}", where="--metric", remedy=f"choose from {choices}")
     with _progress(quiet=as_json) as progress:
-        facts = _sts(folder, data, against, progress) if metric == "sts" else _fidelity(folder, data, against, progress)
+        request = evaluate.Request(folder, data, against, window, stride, windows, seed, progress)
+        facts = evaluate.METRICS[metric](request)
     if as_json:
         _print_json(facts)
     else:
@@ -188,6 +205,43 @@ def eval_command(
         for name, value in facts.items():
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
         Console().print(table)
+
+
+@app.command("generate")
+def generate_command(
+    folder: Annotated[Path, typer.Argument(help="A compiled decoder, or an .onnx file with tokenizer.json beside it.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens at the latest.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn (needs transformers).")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw only from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw only from the likeliest tokens that reach this probability together.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a compiled decoder; the text goes to stdout as it comes, its speed to stderr."""
+
+    def show(index: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    written = Generator(folder).generate(
+        [prompt], max_new_tokens=max_new_tokens, sampling=sampling, show=(lambda *_: None) if as_json else show
+    )
+    if as_json:
+        _print_json({**asdict(written), "tokens_per_second": written.tokens_per_second})
+        return
+    sys.stdout.write("\n")
+    (continuation,) = written.continuations
+    errors.print(
+        f"{written.new_tokens} tokens after {written.prompt_tokens} of the prompt, stopped by {continuation.stopped};"
+        f" prompt {written.prefill_seconds:.2f} s, then {written.tokens_per_second:.1f} tokens/s",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -235,40 +289,6 @@ def _fail(error: ScalefoldError) -> None:
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-def _sts(folder: Path, data: Path, against: str | None, progress: Callable[..., Any]) -> dict[str, float | int | str]:
-    pairs = evaluate.read_pairs(data)
-    sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
-    session, tokenizer = evaluate.open_folder(folder)
-    steps = -(-len(sentences) // 16)
-    with progress("embedding", steps) as advance:
-        got = evaluate.embed(session, tokenizer, sentences, advance)
-    facts: dict[str, float | int | str] = {"pairs": len(pairs), "spearman": evaluate.spearman(pairs, got)}
-    if against is not None:
-        with open_source(against, progress=progress) as original, progress("embedding in float", steps) as advance:
-            wanted = evaluate.embed(Session(original), tokenizer, sentences, advance)
-        cosines = (wanted * got).sum(axis=1)
-        facts |= {"float_spearman": evaluate.spearman(pairs, wanted)}
-        facts |= {"mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min())}
-    return facts
-
-
-def _fidelity(
-    folder: Path, data: Path, against: str | None, progress: Callable[..., Any]
-) -> dict[str, float | int | str]:
-    if against is None:
-        raise SourceError("the fidelity metric needs the float model", where="eval", remedy="give it with --against")
-    try:
-        texts = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if len(line.split()) >= 4]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"it cannot be read ({error})", where=str(data), remedy="give UTF-8 text") from error
-    with open_source(against, progress=progress) as original, progress("comparing", len(texts)) as advance:
-        found = evaluate.compare_on_text(original, folder, texts, advance)
-    facts: dict[str, float | int | str] = {"samples": len(texts)}
-    for entry in found:
-        facts |= {f"{entry.name} {name}": value for name, value in asdict(entry).items() if name != "name"}
-    return facts
 
 
 @contextmanager

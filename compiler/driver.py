@@ -23,11 +23,13 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.calibrate import Calibration
+from scalefold.compiler.decoder import cache_pairs, is_decoder
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import clean, read_onnx
 from scalefold.compiler.protocol import (
     Context,
+    Contract,
     Pass,
     PassResult,
     Pipeline,
@@ -39,7 +41,7 @@ from scalefold.compiler.protocol import (
     silent,
 )
 from scalefold.compiler.recipe import Recipe, Target, load_recipe
-from scalefold.compiler.runtime import Array, Feed, Session, unsupported_ops
+from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
 
 HELD_OUT = 16
@@ -230,6 +232,7 @@ class _Run:
         self.recipe = recipe
         self.source = source
         self.original = source.model.clone()
+        self.tamed = self.original  # the float graph after the last pass that changed its function on purpose
         self.progress = progress
         self.clock = clock
         self.context = Context(progress=progress)
@@ -250,30 +253,37 @@ class _Run:
                 )
             with self.clock.stage(entry.name):
                 result = entry.run(self.source.model, self.context)
+                if result.changed and entry.contract is Contract.LOSSY and not graph.is_quantized(self.source.model):
+                    self.tamed = self.source.model.clone()
                 _release_memory(self.original)
             self.records.append(_record(entry, result))
 
     def calibrate(self, given: object) -> None:
         """Open the calibration data, and set some of it apart for the comparison with float."""
         options = self.recipe.calibration
+        decoder = is_decoder(self.source.model)
+        length = min(options.window if decoder else options.max_length, self.source.longest)
+        fewer = max(1, length // options.max_length) if decoder else 1
+        samples, held_out = -(-options.samples // fewer), -(-HELD_OUT // fewer)
         whole = calibrate.calibration_from(
             given,
             self.source.model,
             tokenizer_file=self.source.tokenizer_file,
-            samples=options.samples + HELD_OUT,
-            max_length=min(options.max_length, self.source.longest),
+            samples=samples + held_out,
+            max_length=length,
         )
-        used, held = whole.split(HELD_OUT, options.samples)
-        self.held_out = held.head(HELD_OUT)
+        used, held = whole.split(held_out, samples)
+        self.held_out = held.head(held_out)
         self.held_origin = f"{held.count} samples of {whole.origin}"
         self.held_origin += ", held out" if held is not whole else ", which were calibrated on: too few to hold any out"
         self.calibration = {"origin": used.origin, "samples": used.count, "digest": used.digest()}
-        self.context = _context(used, options.search_samples, self.original, self.progress)
+        search_samples = -(-options.search_samples // fewer)
+        self.context = _context(used, search_samples, self.original, self.progress)
 
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
-            self.layer_sqnr = verify.layer_sqnr(self.original, self.source.model, self.held_out)
+            self.layer_sqnr = verify.layer_sqnr(self.tamed, self.source.model, self.held_out)
             advance()
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
@@ -287,7 +297,11 @@ class _Run:
             kernels = verify.layer_kernels(stage / artifact.MODEL)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
-            outputs = verify.fidelity(Session(self.original, lean=True), Session(stage / artifact.MODEL), self.held_out)
+            outputs = verify.fidelity(
+                Session(self.original, outputs=_results(self.original), lean=True),
+                Session(stage / artifact.MODEL),
+                self.held_out,
+            )
             advance()
             load_seconds = verify.load_seconds(stage / artifact.MODEL)
             advance()
@@ -454,10 +468,17 @@ def _context(used: Calibration, search_samples: int, original: ir.Model, progres
 
     @cache
     def reference() -> list[dict[str, Array]]:
-        session = Session(original)
+        session = Session(original, outputs=_results(original))
         return [session.run(feed) for feed in search]
 
     return Context(measure=measure, search=search, reference=reference, progress=progress)
+
+
+def _results(model: ir.Model) -> list[str]:
+    """The names of the outputs that are results: of a decoder, not the cache."""
+    names = [value.name or "" for value in model.graph.outputs]
+    cache = set(cache_pairs(inputs_of(model), names).values())
+    return [name for name in names if name not in cache]
 
 
 def _release_memory(original: ir.Model) -> None:

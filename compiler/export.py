@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
 
 from scalefold.compiler.errors import SourceError
 
@@ -20,6 +24,7 @@ TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "causal-lm": "AutoModelForCausalLM",
 }
 ARCHITECTURE_SUFFIXES = {
     "ForMaskedLM": "masked-lm",
@@ -27,6 +32,8 @@ ARCHITECTURE_SUFFIXES = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
 }
 
 
@@ -87,10 +94,11 @@ def main(arguments: list[str]) -> int:
 
 def _export(source: str, folder: Path, task: str | None) -> None:
     transformers, exporters = _require("transformers"), _require("transformers.exporters")
-    model, tokenizer = _load(transformers, source, task)
-    inputs = _sample_inputs(model, tokenizer)
+    model, tokenizer, task = _load(transformers, source, task)
     try:
-        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_shapes(model, inputs))
+        inputs = _step_inputs(model) if task == "causal-lm" else _sample_inputs(model, tokenizer)
+        shapes = None if task == "causal-lm" else _dynamic_shapes(model, inputs)  # None: the exporter finds them
+        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes)
         exported = exporters.OnnxExporter().export(model, inputs, config=config)
     except Exception as error:  # torch.export raises errors of many kinds
         raise SourceError(
@@ -98,7 +106,11 @@ def _export(source: str, folder: Path, task: str | None) -> None:
             where=source,
             remedy="export it yourself and give the .onnx file instead",
         ) from error
+    if task == "causal-lm":
+        _rename_sizes(exported.program)
     exported.save_pretrained(folder)
+    if task == "causal-lm":
+        model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -114,7 +126,8 @@ def _require(name: str) -> Any:
         ) from error
 
 
-def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any]:
+def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any, str]:
+    """(model, tokenizer or None, task)."""
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         task = task or task_of(config)
@@ -130,9 +143,9 @@ def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
-        return model, None
+        return model, None, task
     # A source without tokenizer files gives one that knows its special tokens alone, and would make a word of nothing.
-    return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+    return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None, task
 
 
 def task_of(config: Any) -> str:
@@ -142,6 +155,53 @@ def task_of(config: Any) -> str:
         if architecture.endswith(suffix):
             return task
     return "feature-extraction"
+
+
+def _step_inputs(model: Any) -> dict[str, Any]:
+    """Three tokens behind a cache of two: the step that serves a prompt (empty cache) and every token after it.
+
+    As `OnnxExporter.export_for_generation(..., multi_token_decode=True)` captures its decode component, but with the
+    attention mask, which generation leaves out where nothing is padded, and without a second graph for the prompt.
+    """
+    torch = importlib.import_module("torch")
+    ids = torch.arange(10).reshape(2, 5) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        first = {name: values[:, :2] for name, values in inputs.items()}
+        past = model(**first, use_cache=True).past_key_values
+    behind = {name: values if name == "attention_mask" else values[:, 2:] for name, values in inputs.items()}
+    return {**behind, "past_key_values": past, "use_cache": True}
+
+
+def _rename_sizes(model: ir.Model) -> None:
+    """Call the sizes that vary batch, sequence and past, which the exporter numbers, and make numbers of the others."""
+    whole = "past + sequence"
+    called = {
+        "input_ids": ("batch", "sequence"),
+        "attention_mask": ("batch", whole),
+        "past_key_values": ("batch", None, "past"),
+    }
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        wanted = next((sizes for name, sizes in called.items() if name in (value.name or "")), ())
+        for size, name in zip(value.shape or (), wanted, strict=False):
+            if name and isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names.setdefault(size.value, name)
+
+    def renamed(size: ir.SymbolicDim | int) -> ir.SymbolicDim | int:
+        if isinstance(size, int) or size.value is None:
+            return size
+        text = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+        return int(text) if text.isdigit() else ir.SymbolicDim(text.replace("sequence + past", whole))
+
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
 
 
 def _sample_inputs(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph
@@ -23,15 +25,49 @@ class Fact(Enum):
         return _CHECKS[self](model)
 
 
+def weight_array(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The array of a constant, or of a two-dimensional constant behind a Transpose, or None.
+
+    A language model's head reads the embedding table [N, K] through a Transpose: one copy of the codes serves both.
+    """
+    transpose = graph.producer(value, "Transpose")
+    if transpose is None:
+        return graph.constant(value)
+    stored = graph.constant(transpose.inputs[0])
+    if stored is None or stored.ndim != 2 or graph.attribute(transpose, "perm", (1, 0)) != (1, 0):
+        return None
+    return stored.T
+
+
 def weight_dequantizer(matmul: ir.Node) -> ir.Node | None:
     """The DequantizeLinear of a constant that feeds the right-hand side of a MatMul or Gemm, or None."""
     node = graph.producer(matmul.inputs[1], "DequantizeLinear")
-    return node if node is not None and graph.constant(node.inputs[0]) is not None else None
+    return node if node is not None and weight_array(node.inputs[0]) is not None else None
 
 
 def quantized_matmuls(model: ir.Model) -> list[ir.Node]:
     """The MatMul nodes whose weight is a DequantizeLinear of a constant, in graph order."""
     return [node for node in graph.nodes(model, "MatMul", "Gemm") if weight_dequantizer(node) is not None]
+
+
+def row_maximum(quantize: ir.Node | None) -> ir.Value | None:
+    """What a per-token quantizer divides each row by, [..., 1]: the row's largest magnitude; None for any other node."""
+    divide = graph.producer(quantize.inputs[0], "Div") if quantize is not None else None
+    floor = graph.producer(divide.inputs[1], "Max") if divide is not None else None
+    reduce = graph.producer(floor.inputs[0], "ReduceMax") if floor is not None else None
+    magnitude = graph.producer(reduce.inputs[0], "Abs") if reduce is not None else None
+    if divide is None or magnitude is None or magnitude.inputs[0] is not divide.inputs[0]:
+        return None
+    return divide.inputs[1]
+
+
+def row_rescale(product: ir.Node) -> ir.Node | None:
+    """The Mul that gives the rows of a per-token product their size back, or None; `product` may be fused."""
+    dequantize = graph.producer(product.inputs[0], "DequantizeLinear")
+    codes = dequantize.inputs[0] if dequantize is not None else product.inputs[0]
+    maximum = row_maximum(graph.producer(codes, "QuantizeLinear"))
+    rescale = graph.only_consumer(product.outputs[0], "Mul")
+    return rescale if maximum is not None and rescale is not None and maximum in rescale.inputs else None
 
 
 def _normal_form(model: ir.Model) -> bool:

@@ -83,6 +83,22 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def reduces_last_axis(reduce: ir.Node, x: ir.Value) -> bool:
+    """Whether a reduction of `x` is over the last axis alone and keeps it."""
+    if attribute(reduce, "keepdims", 1) != 1:
+        return False
+    axes = attribute(reduce, "axes")
+    if axes is None and len(reduce.inputs) > 1 and (array := constant(reduce.inputs[1])) is not None:
+        axes = array.tolist()
+    last = rank(x)
+    return isinstance(axes, tuple | list) and list(axes) in ([-1], [(last or 0) - 1])
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether anything in it has been rounded to integers."""
+    return bool(nodes(model, "DequantizeLinear"))
+
+
 def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """Register a constant under `name` (made unique when taken) and return its value."""
     name = unique_name(model, name)
@@ -132,6 +148,22 @@ def like(value: ir.Value, of: ir.Value, dtype: ir.DataType | None = None) -> ir.
     value.shape = of.shape
     value.type = ir.TensorType(dtype) if dtype is not None else of.type
     return value
+
+
+def look_up(gather: ir.Node, codes: ir.Value, scales: ir.Value) -> ir.Value:
+    """Let the readers of Gather(table, ids) read the rows of int8 codes [V, H] times their scales [V, 1] instead."""
+    out, ids = gather.outputs[0], gather.inputs[1]
+    name = gather.name or out.name
+    rows = ir.node("Gather", [codes, ids], {"axis": 0}, name=f"{name}_codes")
+    steps = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{name}_scales")
+    cast = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_cast")
+    product = ir.node("Mul", [cast.outputs[0], steps.outputs[0]], name=f"{name}_dequantized")
+    like(rows.outputs[0], out, ir.DataType.INT8)
+    like(cast.outputs[0], out, ir.DataType.FLOAT)
+    like(product.outputs[0], out)
+    insert_after(gather, [rows, steps, cast, product])
+    bypass(out, product.outputs[0])
+    return product.outputs[0]
 
 
 def bypass(old: ir.Value, new: ir.Value) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scalefold.compiler.errors import RecipeError
 
 Target = Literal["onnxruntime-cpu", "qdq"]
+Granularity = Literal["per-tensor", "per-token"]
 
 
 class _Section(BaseModel):
@@ -25,11 +26,13 @@ class Weights(_Section):
 
 
 class Activations(_Section):
-    """Inputs of linear layers: uint8 container, asymmetric, one static range per tensor."""
+    """Inputs of linear layers: uint8 container; per tensor static and asymmetric, per token dynamic and symmetric."""
 
     bits: int = Field(8, ge=2, le=8, description="bits per activation, in an 8-bit container")
+    granularity: Granularity = Field("per-tensor", description="what has a scale: the tensor, or each token (row)")
+    per_token: tuple[str, ...] = Field((), description="regular expressions of layers that are per token in any case")
     clipping: float = Field(
-        0.0, ge=0, lt=1, description="largest share of tokens that token-wise clipping may cut; 0 keeps min-max"
+        0.0, ge=0, lt=1, description="largest share of tokens that clipping of static ranges may cut; 0 keeps min-max"
     )
     clipping_refine: bool = Field(True, description="let each activation then try a few clipping ratios of its own")
     clipping_step: float = Field(0.01, gt=0, lt=1, description="step of the clipping search")
@@ -42,12 +45,30 @@ class Embeddings(_Section):
 
 
 class Migration(_Section):
-    """Outlier Suppression+ at every LayerNormalization that feeds linear layers."""
+    """Outlier Suppression+ where channels of linear layers' inputs can be shifted and scaled without a trace."""
 
     shift: bool = Field(True, description="centre each channel")
     scale: bool = Field(True, description="search one threshold and scale down the channels above it")
     grid: int = Field(100, ge=2, description="fewest thresholds on the search grid")
     stride: int = Field(8, ge=1, description="first try every n-th threshold, then all around the best; 1 tries all")
+    norm: bool = Field(
+        True, description="migrate behind LayerNormalization (shift, scale) and RMSNormalization (scale)"
+    )
+    linear: bool = Field(True, description="migrate between two linear layers with nothing between (shift and scale)")
+    value: bool = Field(False, description="migrate from the values of attention to its output layer (shift and scale)")
+    relu: bool = Field(False, description="migrate through a Relu, from one linear layer to the next (scale)")
+    gate: bool = Field(False, description="migrate through a gated unit, from its up layer to its down layer (scale)")
+
+
+class Prefix(_Section):
+    """A token in front of every sequence of a decoder, kept in the graph as constants, where it calms the others."""
+
+    candidates: int = Field(16, ge=1, description="how many of the most frequent tokens are tried")
+    reduction: float = Field(
+        4.0,
+        gt=1,
+        description="by what factor the largest input of a linear layer must fall for a prefix to be baked in",
+    )
 
 
 class CalibrationOptions(_Section):
@@ -56,6 +77,9 @@ class CalibrationOptions(_Section):
     samples: int = Field(128, ge=1, description="samples for activation ranges")
     search_samples: int = Field(16, ge=1, description="samples, of those, for searches")
     max_length: int = Field(128, ge=2, description="tokens per sample of text")
+    window: int = Field(
+        512, ge=2, description="tokens per sample for a decoder, which gets as many samples less as they are longer"
+    )
 
 
 class Recipe(_Section):
@@ -67,6 +91,7 @@ class Recipe(_Section):
     weights: Weights = Weights()
     activations: Activations = Activations()
     embeddings: Embeddings | None = None
+    prefix: Prefix | None = None
     migration: Migration | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     target: Target = "onnxruntime-cpu"

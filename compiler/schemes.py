@@ -5,6 +5,7 @@ Truth table (b is the number of bits, held in an 8-bit container):
 | tensor     | container | codes                      | scale           | zero point        | symmetric |
 | ---------- | --------- | -------------------------- | --------------- | ----------------- | --------- |
 | activation | uint8     | 0 .. 2^b - 1               | one per tensor  | one, in the codes | no        |
+| same, rows | uint8     | 1 .. 2^b - 1               | one per row     | 2^(b-1)           | yes       |
 | weight     | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per column  | 0                 | yes       |
 | embedding  | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per row     | 0                 | yes       |
 | bias       | int32     | all                        | act. x weight   | 0                 | yes       |
@@ -92,6 +93,18 @@ def activation_grid(low: float, high: float, bits: int = 8) -> Affine:
     scale = float(np.float32(max((high - low) / codes, SMALLEST_SCALE)))
     zero_point = int(np.clip(np.rint(-low / scale), 0, codes))
     return Affine(scale=scale, zero_point=zero_point, bits=bits)
+
+
+def row_grid(bits: int = 8) -> Affine:
+    """The uint8 symmetric grid of a row that was divided by its largest magnitude: [-1, 1] at codes 1 .. 2**bits - 1.
+
+    Every code stays below 2**bits, as `column_scales` counts on.
+
+    Args:
+        bits: 2 to 8.
+    """
+    middle = 1 << (bits - 1)
+    return Affine(scale=float(np.float32(1 / (middle - 1))), zero_point=middle, bits=bits)
 
 
 def largest_weight_code(bits: int) -> int:

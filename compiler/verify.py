@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.errors import KernelError
-from scalefold.compiler.facts import weight_dequantizer
+from scalefold.compiler.facts import row_rescale, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
@@ -24,6 +25,7 @@ INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
 )
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
+Activation = Literal["per-tensor", "per-token", "float"]
 WEIGHT_INPUT = {"QLinearMatMul": 3, "QGemm": 3}
 """Which input of a kernel is the weight, where it is not the second."""
 
@@ -40,6 +42,7 @@ class LayerKernel:
         integer: whether that is a fast integer kernel.
         reason: why it missed one; empty when it did not.
         remedy: what to do about that.
+        activation: what has a scale of its own in the layer's input: the tensor, each token, or nothing.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LayerKernel:
     integer: bool
     reason: str = ""
     remedy: str = ""
+    activation: Activation = "per-tensor"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         weight, codes = _weight_of(node)
         if weight is None:
             continue
-        shape = graph.whole_shape(weight)
+        shape = _shape_of(weight)
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
         found = _of_layer(by_weight.get(weight.name or "", []), node) or _by_node_name(optimized, node)
@@ -92,8 +96,9 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         obstacle = _diagnose(node) if codes else None
         integer = kernel in INTEGER_KERNELS and obstacle not in (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
         reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
+        size, activation = (shape[0], shape[1]), _activation_of(node)
         kernels.append(
-            LayerKernel(node.name or weight.name or "", (shape[0], shape[1]), codes, kernel, integer, reason, remedy)
+            LayerKernel(node.name or weight.name or "", size, codes, kernel, integer, reason, remedy, activation)
         )
     return kernels
 
@@ -127,9 +132,24 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
     dequantize = weight_dequantizer(node) if node.op_type in ("MatMul", "Gemm", "FusedMatMul") else None
     if dequantize is not None:
         return dequantize.inputs[0], True
-    if value is None or not value.is_initializer():
+    array = weight_array(value)
+    if value is None or (array is None and not value.is_initializer()):
         return None, False
-    return value, value.dtype != ir.DataType.FLOAT
+    return value, array is not None and array.dtype != np.float32
+
+
+def _shape_of(weight: ir.Value) -> tuple[int, ...]:
+    array = weight_array(weight)
+    return graph.whole_shape(weight) if array is None else array.shape
+
+
+def _activation_of(node: ir.Node) -> Activation:
+    if row_rescale(node) is not None:
+        return "per-token"
+    quantized = node.op_type in INTEGER_KERNELS - {"MatMulNBits"} or (
+        graph.producer(node.inputs[0], "DequantizeLinear") is not None
+    )
+    return "per-tensor" if quantized else "float"
 
 
 def _kernels_by_weight(optimized: ir.Model) -> dict[str, list[ir.Node]]:
@@ -293,10 +313,11 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -
 
 
 def _layer_output(matmul: ir.Node) -> str:
-    add = graph.only_consumer(matmul.outputs[0], "Add")
-    bias = graph.other_input(add, matmul.outputs[0]) if add is not None else None
-    last = add if add is not None and bias is not None and bias.is_initializer() else matmul
-    return last.outputs[0].name or ""
+    out = (row_rescale(matmul) or matmul).outputs[0]
+    add = graph.only_consumer(out, "Add")
+    bias = graph.other_input(add, out) if add is not None else None
+    last = add.outputs[0] if add is not None and bias is not None and bias.is_initializer() else out
+    return last.name or ""
 
 
 def saturating_layers(model: ir.Model) -> list[str]:
@@ -304,7 +325,7 @@ def saturating_layers(model: ir.Model) -> list[str]:
     found = []
     for node in graph.nodes(model, *LINEAR_OPS):
         weight, codes = _weight_of(node)
-        array = graph.constant(weight) if weight is not None and codes else None
+        array = weight_array(weight) if codes else None
         if (
             array is not None
             and array.dtype == np.int8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scalefold.compiler.protocol import Pass, Pipeline
 from scalefold.compiler.recipe import Recipe, Target
+from scalefold.passes.bake_prefix import BakePrefix
 from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
@@ -17,9 +18,19 @@ from scalefold.passes.quantize_embeddings import QuantizeEmbeddings
 from scalefold.passes.quantize_weights import QuantizeWeights
 from scalefold.passes.recover_gelu import RecoverGelu
 from scalefold.passes.recover_layer_norm import RecoverLayerNorm
+from scalefold.passes.recover_rms_norm import RecoverRmsNorm
 from scalefold.passes.shield_layer_norm import ShieldLayerNorm
+from scalefold.passes.tie_embeddings import TieEmbeddings
+from scalefold.passes.unflatten_tokens import UnflattenTokens
 
-NORMALIZE: tuple[Pass, ...] = (RecoverLayerNorm(), RecoverGelu(), NormalizeLinear(), NameLayers())
+NORMALIZE: tuple[Pass, ...] = (
+    RecoverLayerNorm(),
+    RecoverRmsNorm(),
+    RecoverGelu(),
+    NormalizeLinear(),
+    UnflattenTokens(),
+    NameLayers(),
+)
 LOWER: dict[Target, tuple[Pass, ...]] = {
     "onnxruntime-cpu": (FuseAttention(), FoldShift(), LowerIntegerMatmul(), ShieldLayerNorm()),
     "qdq": (QuantizeBias(),),
@@ -32,26 +43,37 @@ def pipeline(recipe: Recipe) -> Pipeline:
 
 
 def _transform(recipe: Recipe) -> tuple[Pass, ...]:
-    migration = recipe.migration
-    if migration is None:
-        return ()
-    return (
-        MigrateOutliers(
-            weight_bits=recipe.weights.bits,
-            activation_bits=recipe.activations.bits,
-            shift=migration.shift,
-            scale=migration.scale,
-            grid=migration.grid,
-            stride=migration.stride,
-        ),
-    )
+    prefix, migration = recipe.prefix, recipe.migration
+    passes: list[Pass] = []
+    if prefix is not None:
+        passes.append(BakePrefix(prefix.candidates, prefix.reduction))
+    if migration is not None:
+        passes.append(
+            MigrateOutliers(
+                weight_bits=recipe.weights.bits,
+                activation_bits=recipe.activations.bits,
+                shift=migration.shift,
+                scale=migration.scale,
+                grid=migration.grid,
+                stride=migration.stride,
+                norm=migration.norm,
+                linear=migration.linear,
+                value=migration.value,
+                relu=migration.relu,
+                gate=migration.gate,
+            )
+        )
+    return tuple(passes)
 
 
 def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
     activations = recipe.activations
-    passes: list[Pass] = [
+    passes: list[Pass] = []
+    if recipe.embeddings is not None and recipe.embeddings.bits == recipe.weights.bits:
+        passes.append(TieEmbeddings(recipe.weights.bits, activations.bits, recipe.include, recipe.exclude))
+    passes += [
         QuantizeWeights(recipe.weights.bits, activations.bits, recipe.include, recipe.exclude),
-        InsertQdq(bits=activations.bits),
+        InsertQdq(activations.bits, activations.granularity, activations.per_token),
     ]
     if activations.clipping:
         passes.append(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
-from scalefold.compiler.facts import Fact
+from scalefold.compiler.facts import Fact, row_maximum
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
@@ -34,7 +34,8 @@ class ClipRanges:
     First one ratio for all, the coarse stage of token-wise clipping (Outlier Suppression, arXiv 2209.13325, section 4.2):
     1, 1 - step, 1 - 2 step, ... down to 1 - largest; the winner has the least squared error of the outputs against the
     float model on the search samples, and the largest ratio wins a tie. Then, in place of the paper's learned fine stage,
-    one sweep over the quantizers in graph order, each trying a few ratios of its own with the others held.
+    one sweep over the quantizers in graph order, each trying a few ratios of its own with the others held. Per-token
+    quantizers have no static range and are left.
 
     Attributes:
         largest: largest share of tokens whose extremes may be clipped by the ratio that all share.
@@ -142,7 +143,9 @@ def _refined(
 
 
 def _is_static(node: ir.Node) -> bool:
-    return graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
+    """Whether its range is a property of the activation; that of a per-token quantizer is [-1, 1] by construction."""
+    constant_grid = graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
+    return constant_grid and row_maximum(node) is None
 
 
 def _source(quantize: ir.Node) -> ir.Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,23 +11,35 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.facts import Fact, quantized_matmuls
-from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult, select
+from scalefold.compiler.recipe import Granularity
 from scalefold.compiler.schemes import Affine
 from scalefold.compiler.stats import TokenRange
+
+AXES_ARE_INPUTS = 18
+"""The opset from which ReduceMax takes its axes as an input."""
 
 
 @dataclass(frozen=True)
 class InsertQdq:
     """Put QuantizeLinear and DequantizeLinear in front of every linear layer whose weight is quantized.
 
-    before:  MatMul(x, dq(W))                MatMul(x, dq(W'))
-    after:   q = DequantizeLinear(QuantizeLinear(x, s, z), s, z);   MatMul(q, dq(W))   MatMul(q, dq(W'))
+    before:  Add(MatMul(x, dq(W)), b)
+    after:   Add(MatMul(DequantizeLinear(QuantizeLinear(x, s, z), s, z), dq(W)), b)            per tensor
+    after:   r = Max(ReduceMax(Abs(x)), tiny);   u = x / r                                     per token
+             Add(MatMul(DequantizeLinear(QuantizeLinear(u, 1/127, 128), 1/127, 128), dq(W)) * r, b)
 
-    x is [..., K]; s and z are one number each: uint8, asymmetric, static, from the extremes of calibration. Layers that
-    read one x share its quantizer. Below 8 bits a Clip in front keeps the codes within 2**bits - 1.
+    x is [..., K], W [K, N], b [N]. Per tensor, s and z are one number each: uint8, asymmetric, static, from the extremes of
+    calibration; below 8 bits a Clip in front keeps the codes within 2**bits - 1. Per token, r is [..., 1], computed from the
+    row itself: no calibration, and no row sees another. u is within [-1, 1], so one constant grid serves every row and the
+    integer kernel stays; x W = r (u W) holds row by row. Figures: docs/decisions/0006.
+
+    Layers that read one x share its quantizer; a per-tensor and a per-token layer have one each.
 
     Attributes:
         bits: 2 to 8, in an 8-bit container.
+        granularity: what the layers have that `per_token` does not name.
+        per_token: regular expressions of layers that are per token in any case.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -35,36 +48,56 @@ class InsertQdq:
     contract: ClassVar[Contract] = Contract.LOSSY
 
     bits: int = 8
+    granularity: Granularity = "per-tensor"
+    per_token: tuple[str, ...] = ()
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Quantize each activation once; decline those that are quantized already."""
-        readers: dict[ir.Value, list[ir.Node]] = {}
+        """Quantize each activation once a granularity; decline those that are quantized already."""
+        rows = self._layers_per_token(model)
+        static: dict[ir.Value, list[ir.Node]] = {}
+        dynamic: dict[ir.Value, list[ir.Node]] = {}
         declined = []
         for matmul in quantized_matmuls(model):
-            x = matmul.inputs[0]
+            x, per_token = matmul.inputs[0], (matmul.name or "") in rows
             if x is None or graph.producer(x, "DequantizeLinear") is not None:
                 declined.append(Event(matmul, "its input is quantized already"))
-                continue
-            readers.setdefault(x, []).append(matmul)
+            elif per_token and matmul.op_type != "MatMul":
+                declined.append(Event(matmul, "its rows cannot be rescaled before its bias: not in normal form"))
+            else:
+                (dynamic if per_token else static).setdefault(x, []).append(matmul)
+        rewrites = [*self._insert_static(model, static, ctx), *self._insert_dynamic(model, dynamic)]
+        return PassResult(tuple(rewrites), tuple(declined))
+
+    def _layers_per_token(self, model: ir.Model) -> frozenset[str]:
+        quantized = [node.name or "" for node in quantized_matmuls(model)]
+        named = select(
+            self.per_token, quantized + [layer.name for layer in graph.linear_layers(model)], what="per-token"
+        )
+        return frozenset(quantized) if self.granularity == "per-token" else named
+
+    def _insert_static(self, model: ir.Model, readers: dict[ir.Value, list[ir.Node]], ctx: Context) -> list[Event]:
         if not readers:
-            return PassResult((), tuple(declined))
+            return []
         ranges = ctx.measure(model, {x.name or "": TokenRange for x in readers})
-        rewrites = []
+        events = []
         for x, matmuls in readers.items():
             seen = ranges[x.name or ""]
             assert isinstance(seen, TokenRange)
             affine = schemes.activation_grid(seen.low, seen.high, self.bits)
             quantize_input(model, x, matmuls, affine)
             figures = {"low": seen.low, "high": seen.high, "scale": affine.scale, "zero_point": affine.zero_point}
-            rewrites.append(Event(matmuls[0], f"uint{self.bits} per tensor, {len(matmuls)} readers", figures))
-        return PassResult(tuple(rewrites), tuple(declined))
+            events.append(Event(matmuls[0], f"uint{self.bits} per tensor, {len(matmuls)} readers", figures))
+        return events
+
+    def _insert_dynamic(self, model: ir.Model, readers: dict[ir.Value, list[ir.Node]]) -> list[Event]:
+        for matmuls in readers.values():
+            quantize_rows(model, matmuls, self.bits)
+        return [Event(matmuls[0], f"uint{self.bits} per token, {len(matmuls)} readers") for matmuls in readers.values()]
 
 
-def quantize_input(model: ir.Model, x: ir.Value, readers: list[ir.Node], affine: Affine) -> None:
-    """Let `readers` read `x` through a quantizer of their own; its constants are named after the first reader."""
+def quantize_input(model: ir.Model, x: ir.Value, readers: Sequence[ir.Node], affine: Affine) -> None:
+    """Let `readers` read `x` through a static quantizer of their own; its constants are named after the first reader."""
     name = readers[0].name or x.name or "activation"
-    scale = graph.add_initializer(model, f"{name}.input_scale", np.array(affine.scale, dtype=np.float32))
-    zero = graph.add_initializer(model, f"{name}.input_zero_point", np.array(affine.zero_point, dtype=np.uint8))
     source, new = x, []
     if affine.bits < 8:
         bounds = [
@@ -73,10 +106,59 @@ def quantize_input(model: ir.Model, x: ir.Value, readers: list[ir.Node], affine:
         ]
         new.append(ir.node("Clip", [x, *bounds], name=f"{name}.input_clip"))
         source = graph.like(new[0].outputs[0], x)
-    quantize = ir.node("QuantizeLinear", [source, scale, zero], name=f"{name}.input_q")
+    pair = _round_trip(model, name, source, affine)
+    graph.insert_before(readers[0], [*new, *pair])
+    for reader in readers:
+        reader.replace_input_with(0, pair[-1].outputs[0])
+
+
+def quantize_rows(model: ir.Model, readers: Sequence[ir.Node], bits: int) -> None:
+    """Let `readers` read each row of their input divided by its largest magnitude and rounded; undo that behind them."""
+    # Asked for only now: where the input is the product of another per-token layer, it has been rescaled meanwhile.
+    x = readers[0].inputs[0]
+    assert x is not None
+    name = readers[0].name or x.name or "activation"
+    magnitude = ir.node("Abs", [x], name=f"{name}.input_abs")
+    largest = _row_maximum(model, graph.like(magnitude.outputs[0], x), name)
+    # A row of zeros is divided by this instead: 0 / tiny = 0.
+    tiny = graph.add_initializer(model, f"{name}.input_smallest", np.array(schemes.SMALLEST_SCALE, dtype=np.float32))
+    floor = ir.node("Max", [largest.outputs[0], tiny], name=f"{name}.input_row_size")
+    divide = ir.node("Div", [x, floor.outputs[0]], name=f"{name}.input_unit_rows")
+    for value in (largest.outputs[0], floor.outputs[0]):
+        value.shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], 1])
+        value.type = x.type
+    pair = _round_trip(model, name, graph.like(divide.outputs[0], x), schemes.row_grid(bits))
+    graph.insert_before(readers[0], [magnitude, largest, floor, divide, *pair])
+    for reader in readers:
+        reader.replace_input_with(0, pair[-1].outputs[0])
+        _rescale_rows(reader, floor.outputs[0])
+
+
+def _row_maximum(model: ir.Model, x: ir.Value, name: str) -> ir.Node:
+    if model.graph.opset_imports.get("", 0) < AXES_ARE_INPUTS:
+        return ir.node("ReduceMax", [x], {"axes": [-1]}, name=f"{name}.input_row_maximum")
+    axes = graph.add_initializer(model, f"{name}.input_axes", np.array([-1], dtype=np.int64))
+    return ir.node("ReduceMax", [x, axes], name=f"{name}.input_row_maximum")
+
+
+def _rescale_rows(matmul: ir.Node, size: ir.Value) -> None:
+    """Multiply the product by the rows' size; the result takes the product's name, by which layers are compared."""
+    out = matmul.outputs[0]
+    name = out.name
+    rescale = ir.node("Mul", [out, size], name=f"{matmul.name}.rescale")
+    graph.like(rescale.outputs[0], out)
+    graph.insert_after(matmul, [rescale])
+    graph.bypass(out, rescale.outputs[0])
+    rescale.replace_input_with(0, out)
+    out.name, rescale.outputs[0].name = f"{name}_unit_rows", name
+
+
+def _round_trip(model: ir.Model, name: str, x: ir.Value, affine: Affine) -> tuple[ir.Node, ir.Node]:
+    """QuantizeLinear and DequantizeLinear of one grid; their constants are named after the layer `name`."""
+    scale = graph.add_initializer(model, f"{name}.input_scale", np.array(affine.scale, dtype=np.float32))
+    zero = graph.add_initializer(model, f"{name}.input_zero_point", np.array(affine.zero_point, dtype=np.uint8))
+    quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}.input_q")
     graph.like(quantize.outputs[0], x, ir.DataType.UINT8)
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}.input_dq")
     graph.like(dequantize.outputs[0], x)
-    graph.insert_before(readers[0], [*new, quantize, dequantize])
-    for reader in readers:
-        reader.replace_input_with(0, dequantize.outputs[0])
+    return quantize, dequantize

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import Fact, quantized_matmuls, weight_dequantizer
+from scalefold.compiler.facts import Fact, quantized_matmuls, weight_array, weight_dequantizer
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 
@@ -19,8 +20,12 @@ class LowerIntegerMatmul:
     before:  Add(MatMul(DequantizeLinear(q, s, z), DequantizeLinear(codes, scales; axis=1)), b)
     after:   MatMulIntegerToFloat(q, codes, s, scales, z, -, b)
 
-    q is uint8 [..., K], codes int8 [K, N], scales and b [N]. Nothing is left to onnxruntime's own pattern matching, which
-    misses a float bias behind two-dimensional or static shapes and then runs the layer in float.
+    before:  Add(Mul(MatMul(DequantizeLinear(q, s, z), DequantizeLinear(codes, scales; axis=1)), r), b)      per token
+    after:   Add(Mul(MatMulIntegerToFloat(q, codes, s, scales, z), r), b)
+
+    q is uint8 [..., K], codes int8 [K, N] or Transpose(codes [N, K]), scales and b [N], r [..., 1]. Nothing is left to
+    onnxruntime's own pattern matching, which misses a float bias behind two-dimensional or static shapes and then runs the
+    layer in float. It transposes constant codes once, at load.
     """
 
     name: ClassVar[str] = "lower-integer-matmul"
@@ -51,7 +56,8 @@ def _obstacle(matmul: ir.Node) -> str | None:
         return "its activation is not quantized"
     if activation.inputs[0] is None or activation.inputs[0].dtype != ir.DataType.UINT8:
         return "its activation is not uint8"
-    if weight is None or weight.inputs[0] is None or weight.inputs[0].dtype != ir.DataType.INT8:
+    codes = weight_array(weight.inputs[0]) if weight is not None else None
+    if weight is None or codes is None or codes.dtype != np.int8:
         return "its weight is not int8"
     if graph.attribute(weight, "axis", 1) not in (1, -1):
         return "its weight is not quantized per column"
@@ -64,8 +70,8 @@ def _obstacle(matmul: ir.Node) -> str | None:
 
 
 def _fits(bias: ir.Value, weight: ir.Node) -> bool:
-    codes = weight.inputs[0]
-    return codes is not None and graph.whole_shape(bias) == graph.whole_shape(codes)[1:]
+    codes = weight_array(weight.inputs[0])
+    return codes is not None and graph.whole_shape(bias) == codes.shape[1:]
 
 
 def _lower(matmul: ir.Node) -> ir.Node:

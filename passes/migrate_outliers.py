@@ -1,8 +1,8 @@
-"""Outlier Suppression+: shift and scale the channels behind a LayerNormalization, and undo both in what follows."""
+"""Outlier Suppression+: shift and scale the channels of activations, and undo both exactly in what reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,47 +12,93 @@ import onnx_ir as ir
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, require_finite, rows_of
 from scalefold.compiler.facts import Fact
-from scalefold.compiler.graph import Linear
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Session
 from scalefold.compiler.schemes import Float
+from scalefold.compiler.sites import (
+    MIGRATED,
+    Kind,
+    Producer,
+    Site,
+    find_producer,
+    find_sites,
+    fold,
+    group_sites,
+    obstacle,
+)
+from scalefold.compiler.value_columns import ATTENTION, find_value
 from scalefold.compiler.walk import Walk
 
-MIGRATED = "scalefold.migrated"
-"""Marks a normalization in memory: a second search would start from a smaller threshold and never settle."""
+COARSEST = 64
+"""Most thresholds that are tried before the search closes in."""
+
+MOST_COLUMNS = 4096
+"""Most columns of a layer that a search looks at."""
+
+LOWEST_THRESHOLD = {"LayerNormalization": 1.0}
+"""Where the threshold grid ends, by the op type of what makes the activation."""
+
+LOWEST_ELSEWHERE = 0.1
+"""Where it ends for all others; the authors' code takes it for LLaMA."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """A value that linear layers read, and what the migration may do there.
+class Plan:
+    """A migration: shift z [C], scale s [C], the threshold that gives s, and the loss with both."""
+
+    z: Float
+    s: Float
+    threshold: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Use:
+    """One site of a group, ready for a search.
 
     Attributes:
-        x: the activation [..., C].
-        norm: the LayerNormalization that makes it, or None.
-        readers: the linear layers that read it.
-        others: the other nodes that read it: a residual connection.
+        site: where.
+        producer: what makes the activation.
+        batches: the activation, one array [..., C] per feed.
+        inspected: what the error is measured on, from the number of a feed and the readers' products; None for the
+            products themselves.
     """
 
-    x: ir.Value
-    norm: ir.Node | None
-    readers: tuple[Linear, ...]
-    others: tuple[ir.Node, ...]
+    site: Site
+    producer: Producer
+    batches: list[Array]
+    inspected: Callable[[int, list[Array]], Array] | None
 
 
 @dataclass(frozen=True)
 class MigrateOutliers:
-    """Shift channels by z and scale them by 1/s behind a LayerNormalization; undo both exactly in its readers.
+    """Shift channels by z and scale them by 1/s where they are made; undo both exactly in the layers that read them.
 
     before:  X = LayerNormalization(h; gamma, beta);  y = X W + b;                         r = X + ...
     after:   X~ = LayerNormalization(h; gamma/s, (beta-z)/s);  y = X~ (s W) + (b + z W);   r = (X~ s + z) + ...
 
-    X is [..., C]; z and s are [C]; W is [C, N]. X = s X~ + z, so every reader computes what it did. Post-LN models read X
-    in a residual connection too: there it is restored by Mul and Add, left out where s is 1 or z is 0.
+    X is [..., C]; z and s are [C]; W is [C, N]. X = s X~ + z, so every reader computes what it did. Post-LN models read
+    X in a residual connection too: there it is restored by Mul and Add, left out where s is 1 or z is 0.
+
+    Other makers of X absorb the same, each its own option; U [K, C] and a [C] are weight and bias of a layer V:
+
+    norm    RMSNormalization(h; gamma)     gamma/s                          no shift
+    linear  X = V h                        U/s, (a-z)/s                     an embedding projection
+    value   X = softmax(...) V h           U/s, (a-z)/s of V's columns      rows of softmax sum to 1
+    relu    X = relu(V h)                  U/s, a/s                         no shift; s is positive
+    gate    X = act(G h) * (V h)           U/s, a/s                         no shift
+
+    A cache of values then holds them migrated. Tokens that attend to nothing, which are padding, give another padding.
+    Grouped queries read one column of V in several channels, whose z and s are then one.
 
     z is the middle of each channel's range (Outlier Suppression+, arXiv 2304.09145, eq. 5). s scales down just the
-    channels beyond a threshold t, to t (eq. 8). t is searched (sections 4.2 and Alg. 1): quantized activation and weight,
-    squared error after attention for layers that meet in one (eq. 7), after the product for others (eq. 6). Layers
-    before the site are quantized already while it is searched.
+    channels beyond a threshold t, to t (eq. 8). t is searched (sections 4.2 and Alg. 1): quantized activation and
+    weight, squared error after attention for layers that meet in one (eq. 7), after the product for others (eq. 6).
+    Layers before the site are quantized already while it is searched.
+
+    Sites whose readers share a weight (ALBERT) are one group and get one z, of the union of their ranges, and one t, of
+    the sum of their losses: weights stay shared. Where z = 0 gives a smaller loss there, it is 0. A group is searched
+    on activations of the float model, as its uses lie behind one another.
 
     Attributes:
         weight_bits: bits of the weights in the search.
@@ -61,6 +107,11 @@ class MigrateOutliers:
         scale: whether to search a scale.
         grid: fewest thresholds; the grid has max(grid, max|X - z| / 0.5) of them, as in the authors' code.
         stride: the search first tries every n-th threshold, then those around the best.
+        norm: migrate behind normalizations.
+        linear: migrate between two linear layers with nothing between.
+        value: migrate from the values of attention to its output projection.
+        relu: migrate through a Relu.
+        gate: migrate through a product with a gate.
     """
 
     name: ClassVar[str] = "migrate-outliers"
@@ -74,92 +125,131 @@ class MigrateOutliers:
     scale: bool = True
     grid: int = 100
     stride: int = 8
+    norm: bool = True
+    linear: bool = True
+    value: bool = False
+    relu: bool = False
+    gate: bool = False
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Migrate at every site in graph order; decline those where the algebra does not hold."""
         rewrites, declined = [], []
         sites = find_sites(model)
+        groups = group_sites(sites)
         walk = Walk(model, ctx.search)
         masks = [padding_mask(feed) for feed in ctx.search]
         with ctx.progress("migrating outliers", len(sites)) as advance:
             for site in sites:
-                for sample, (x, mask) in enumerate(zip(walk.value(site.x), masks, strict=True)):
-                    require_finite(site.x.name or "", rows_of(x, mask), sample)
-                if reason := _obstacle(site):
-                    if site.norm is not None:
-                        declined.append(Event(site.norm, reason))
-                elif (event := self._migrate(model, walk, site, masks)) is not None:
-                    rewrites.append(event)
+                if groups[site][0] is site:
+                    alone = len(groups[site]) == 1
+                    uses = self._uses(walk if alone else Walk(model, ctx.search), groups[site], masks)
+                    if isinstance(uses, Event):
+                        declined.append(uses)
+                    elif uses and (event := self._migrate(model, walk, uses, masks)) is not None:
+                        rewrites.append(event)
                 self._quantize(walk, site, masks)
                 advance()
         return PassResult(tuple(rewrites), tuple(declined))
 
-    def _migrate(self, model: ir.Model, walk: Walk, site: Site, masks: Sequence[Array | None]) -> Event | None:
-        batches = walk.value(site.x)
-        low, high = channel_range(batches, masks)
-        z = np.asarray((low + high) / 2 if self.shift else np.zeros_like(low), dtype=np.float32)
-        centred_low, centred_high = low - z, high - z
-        largest = float(max(centred_high.max(), -centred_low.min()))
-        s = np.ones_like(z)
-        figures: dict[str, float | int | str] = {"largest_before": float(max(high.max(), -low.min()))}
-        if self.scale:
-            loss = _loss(walk, site, masks, z, self)
-            thresholds = threshold_grid(largest, self.grid)
-            best = search(lambda t: loss(scales_for(t, centred_low, centred_high), t), thresholds, self.stride)
-            s = scales_for(thresholds[best], centred_low, centred_high)
-            figures["threshold"] = float(thresholds[best])
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of sites to migrate at."""
+        chosen = {
+            Kind.NORM: self.norm,
+            Kind.LINEAR: self.linear,
+            Kind.VALUE: self.value,
+            Kind.RELU: self.relu,
+            Kind.GATE: self.gate,
+        }
+        return frozenset(kind for kind, wanted in chosen.items() if wanted)
+
+    def _uses(self, walk: Walk, group: Sequence[Site], masks: Sequence[Array | None]) -> list[Use] | Event:
+        """A group ready for a search; nothing when it is not one to migrate, or why it cannot be."""
+        at = group[0].norm or group[0].readers[0]
+        if any(node.meta.get(MIGRATED) for site in group for node in site.readers):
+            return Event(at, "migrated already")
+        uses: list[Use] = []
+        reasons: list[str] = []
+        for site in group:
+            found = find_producer(site, self.kinds)
+            if found is None and Kind.VALUE in self.kinds:
+                found = find_value(walk, site, masks)
+            if isinstance(found, Producer):
+                # what lies behind the activation is cut out before the walk goes on and forgets what it needs
+                inspected = _inspected(walk, site, found.kind)
+                uses.append(Use(site, found, _activation(walk, site, masks), inspected))
+            elif found is not None:
+                reasons.append(found)
+        if not uses and not reasons:
+            return []
+        if len(uses) + len(reasons) < len(group):
+            reasons.append("a weight is shared with a layer whose input cannot be migrated")
+        reason = next(iter(reasons), None) or obstacle(group, [use.producer for use in uses])
+        return Event(uses[0].producer.node if uses else at, reason) if reason else uses
+
+    def _migrate(self, model: ir.Model, walk: Walk, uses: Sequence[Use], masks: Sequence[Array | None]) -> Event | None:
+        first, (low, high) = uses[0], _joint_range(uses, masks)
+        shifts = self.shift and all(use.producer.shifts for use in uses)
+        middle = np.asarray((low + high) / 2, dtype=np.float32)
+        plan = self._plan(uses, masks, middle if shifts else np.zeros_like(low))
+        if shifts and len(uses) > 1:
+            # the middle of all uses may lie far from that of one
+            plan = min(plan, self._plan(uses, masks, np.zeros_like(low)), key=lambda plan: plan.loss)
+        z, s = plan.z, plan.s
         if not (z.any() or (s != 1).any()):
             return None
-        fold(model, site, z, s)
-        walk.set_value(site.x, [((x - z) / s).astype(np.float32) for x in batches])
-        figures |= {"largest_after": float(np.maximum(centred_high / s, -centred_low / s).max())}
-        figures |= {"channels_scaled": int((s != 1).sum()), "readers": len(site.readers)}
-        assert site.norm is not None
-        site.norm.meta[MIGRATED] = True
-        return Event(site.norm, "shifted and scaled", figures)
+        seen = _activation(walk, first.site, masks)
+        fold(model, [use.site for use in uses], [use.producer for use in uses], z, s)
+        walk.set_value(first.site.x, [((x - z) / s).astype(np.float32) for x in seen])
+        figures: dict[str, float | int | str] = {"largest_before": float(max(high.max(), -low.min()))}
+        figures |= {"threshold": plan.threshold} if self.scale else {}
+        figures |= {"largest_after": float(np.maximum((high - z) / s, (z - low) / s).max())}
+        figures |= {"channels_scaled": int((s != 1).sum()), "readers": len(first.site.readers)}
+        figures |= {"uses": len(uses)} if len(uses) > 1 else {}
+        return Event(first.producer.node, "shifted and scaled" if z.any() else "scaled", figures)
+
+    def _plan(self, uses: Sequence[Use], masks: Sequence[Array | None], z: Float) -> Plan:
+        """The best scale for a shift."""
+        low, high = (np.asarray(bound - z, dtype=np.float32) for bound in _joint_range(uses, masks))
+        largest = float(max(high.max(), -low.min()))
+        lowest = max(LOWEST_THRESHOLD.get(use.producer.node.op_type, LOWEST_ELSEWHERE) for use in uses)
+        thresholds = threshold_grid(largest, self.grid, lowest) if self.scale else np.array([largest], np.float32)
+        loss = _loss(uses, masks, z, self)
+        best, least = search(lambda t: loss(scales_for(t, low, high)), thresholds, self.stride)
+        return Plan(z, scales_for(thresholds[best], low, high), float(thresholds[best]), least)
 
     def _quantize(self, walk: Walk, site: Site, masks: Sequence[Array | None]) -> None:
         """Let the rest of the walk see these layers quantized."""
-        batches = walk.value(site.x)
+        batches = _activation(walk, site, masks)
         low, high = channel_range(batches, masks)
         affine = schemes.activation_grid(float(low.min()), float(high.max()), self.activation_bits)
         seen = [affine.round_trip(x) for x in batches]
-        for layer in site.readers:
-            current = graph.linear_at(layer.matmul)
-            assert current is not None
-            walk.set_input(current.matmul, site.x, seen)
-            rounded = schemes.weight_round_trip(current.weights(), self.weight_bits, self.activation_bits)
-            walk.set_weight(current.weight, rounded)
+        for layer in site.layers:
+            walk.set_input(layer.matmul, site.x, seen)
+            rounded = schemes.weight_round_trip(layer.weights(), self.weight_bits, self.activation_bits)
+            walk.set_weight(layer.weight, rounded)
 
 
-def find_sites(model: ir.Model) -> list[Site]:
-    """The activations that linear layers read, in graph order, with everything else that reads them."""
-    readers: dict[ir.Value, list[Linear]] = {}
-    for layer in graph.linear_layers(model):
-        readers.setdefault(layer.x, []).append(layer)
-    sites = []
-    for x, layers in readers.items():
-        matmuls = {layer.matmul for layer in layers}
-        others = tuple(node for node in graph.consumers(x) if node not in matmuls)
-        sites.append(Site(x, graph.producer(x, "LayerNormalization"), tuple(layers), others))
-    return sites
+def _activation(walk: Walk, site: Site, masks: Sequence[Array | None]) -> list[Array]:
+    """The activation, one array per feed; raises when it is not finite."""
+    batches = walk.value(site.x)
+    for sample, (x, mask) in enumerate(zip(batches, masks, strict=True)):
+        require_finite(site.x.name or "", rows_of(x, mask), sample)
+    return batches
 
 
-def _obstacle(site: Site) -> str | None:
-    if site.norm is None:
-        return "not made by a LayerNormalization"
-    if MIGRATED in site.norm.meta:
-        return "migrated already"
-    parameters = [entry for entry in site.norm.inputs[1:] if entry is not None]
-    if any(graph.constant(entry) is None for entry in parameters):
-        return "gain or bias of the normalization is not a constant"
-    if graph.attribute(site.norm, "axis", -1) not in (-1, (graph.rank(site.x) or 0) - 1):
-        return "the normalization is not over the last axis alone"
-    if site.x.is_graph_output():
-        return "the activation is an output of the graph"
-    if any(len(layer.weight.uses()) > 1 for layer in site.readers):
-        return "a weight is shared with another layer"
-    return None
+def _joint_range(uses: Sequence[Use], masks: Sequence[Array | None]) -> tuple[Float, Float]:
+    """The range of each channel over all uses; channels of one column have one range."""
+    ranges = [channel_range(use.batches, masks) for use in uses]
+    low = np.minimum.reduce([low for low, _ in ranges])
+    high = np.maximum.reduce([high for _, high in ranges])
+    columns = next((use.producer.columns for use in uses if use.producer.columns is not None), None)
+    if columns is None:
+        return low, high
+    lows, highs = np.full(columns.max() + 1, np.inf, np.float32), np.full(columns.max() + 1, -np.inf, np.float32)
+    np.minimum.at(lows, columns, low)
+    np.maximum.at(highs, columns, high)
+    return lows[columns], highs[columns]
 
 
 def channel_range(batches: Iterable[Array], masks: Iterable[Array | None]) -> tuple[Float, Float]:
@@ -170,24 +260,26 @@ def channel_range(batches: Iterable[Array], masks: Iterable[Array | None]) -> tu
     return low.astype(np.float32), high.astype(np.float32)
 
 
-def threshold_grid(largest: float, fewest: int) -> Float:
-    """Thresholds from the largest value down to 1, or to a tenth of it when it is below 2.
+def threshold_grid(largest: float, fewest: int, lowest: float = 1.0) -> Float:
+    """Thresholds from the largest value down to `lowest`, or to a tenth of it when it is below twice that.
 
-    The authors' code walks from max|X - z| down to 1 in max(100, max|X - z| / 0.5) steps (systems 1.3).
+    The authors' code walks from max|X - z| down to 1, or 0.1 for LLaMA, in max(100, max|X - z| / 0.5) steps.
     """
-    lowest = 1.0 if largest > 2.0 else 0.1 * largest
-    return np.linspace(largest, lowest, max(fewest, int(largest / 0.5)), dtype=np.float32)
+    last = lowest if largest > 2 * lowest else 0.1 * largest
+    return np.linspace(largest, last, max(fewest, int(largest / 0.5)), dtype=np.float32)
 
 
 def scales_for(threshold: float, low: Float, high: Float) -> Float:
     """S [C] that brings every channel's range within the threshold and leaves the others at 1 (eq. 8, both signs)."""
-    return np.maximum(1.0, np.maximum(high, -low) / np.float32(threshold)).astype(np.float32)
+    divisor = np.float32(max(threshold, schemes.SMALLEST_SCALE))  # all channels are constant where it is 0
+    return np.maximum(1.0, np.maximum(high, -low) / divisor).astype(np.float32)
 
 
-def search(loss: Callable[[float], float], thresholds: Float, stride: int) -> int:
-    """The index of the best threshold: every `stride`-th first, then all around the best of those.
+def search(loss: Callable[[float], float], thresholds: Float, stride: int) -> tuple[int, float]:
+    """The index of the best threshold and its loss: every `stride`-th first, then all around the best of those.
 
-    On a tie the larger threshold wins, as in the authors' code.
+    On a tie the larger threshold wins, as in the authors' code. Values in the thousands make thousands of thresholds: a
+    stride above 1 grows until it leaves at most `COARSEST`, and shrinks back around the best, step by step.
     """
     losses: dict[int, float] = {}
 
@@ -197,44 +289,56 @@ def search(loss: Callable[[float], float], thresholds: Float, stride: int) -> in
                 losses[index] = loss(float(thresholds[index]))
         return min(losses, key=lambda index: (losses[index], index))
 
-    last = len(thresholds)
-    centre = best_of(range(0, last, stride))
-    return best_of(range(max(0, centre - stride + 1), min(last, centre + stride)))
+    last, step = len(thresholds), stride
+    while stride > 1 and last / step > COARSEST:
+        step *= stride
+    centre = best_of(range(0, last, step))
+    while step > 1:
+        finer = step // stride if step > stride else 1
+        centre = best_of(range(max(0, centre - step), min(last, centre + step), finer))
+        step = finer
+    return centre, losses[centre]
 
 
 def _loss(
-    walk: Walk, site: Site, masks: Sequence[Array | None], z: Float, options: MigrateOutliers
-) -> Callable[[Float, float], float]:
-    """The squared error of a site's output for given scales s and threshold t, with everything that does not change."""
-    inspected = _inspected(walk, site)
-    batches = walk.value(site.x)
-    weights = [layer.weights() for layer in site.readers]
-    shifts = [z @ weight for weight in weights]
+    uses: Sequence[Use], masks: Sequence[Array | None], z: Float, options: MigrateOutliers
+) -> Callable[[Float], float]:
+    """The squared error for given scales s; each use has a range of its own, as its activation will."""
+    ranges = [channel_range(use.batches, masks) for use in uses]
+    weights = {layer.weight: _some_columns(layer.weights(), use) for use in uses for layer in use.site.layers}
+    shifts = {value: z @ weight for value, weight in weights.items()}
+    zeros = {value: np.zeros_like(shift) for value, shift in shifts.items()}
     product = _product_session()
-    targets = [
-        inspected(
-            index,
-            [_product(product, x, weight, np.zeros_like(shift)) for weight, shift in zip(weights, shifts, strict=True)],
-        )
-        for index, x in enumerate(batches)
-    ]
 
-    def loss(s: Float, t: float) -> float:
-        affine = schemes.activation_grid(-t, t, options.activation_bits)
-        rounded = [
-            schemes.weight_round_trip(weight * s[:, None], options.weight_bits, options.activation_bits)
-            for weight in weights
-        ]
+    def output(use: Use, index: int, x: Array, by: Mapping[ir.Value, Float], plus: Mapping[ir.Value, Float]) -> Array:
+        read = [layer.weight for layer in use.site.layers]
+        products = [_product(product, x, by[weight], plus[weight]) for weight in read]
+        return np.concatenate(products, axis=-1) if use.inspected is None else use.inspected(index, products)
+
+    targets = [[output(use, index, x, weights, zeros) for index, x in enumerate(use.batches)] for use in uses]
+
+    def loss(s: Float) -> float:
+        rounded = {
+            value: schemes.weight_round_trip(weight * s[:, None], options.weight_bits, options.activation_bits)
+            for value, weight in weights.items()
+        }
         total, tokens = 0.0, 0
-        for index, (x, target, mask) in enumerate(zip(batches, targets, masks, strict=True)):
-            seen = affine.round_trip(((x - z) / s).astype(np.float32))
-            products = [_product(product, seen, weight, shift) for weight, shift in zip(rounded, shifts, strict=True)]
-            error = rows_of(inspected(index, products) - target, mask)
-            total += float(np.square(error, dtype=np.float64).sum())
-            tokens += error.shape[0]
+        for use, wanted, (low, high) in zip(uses, targets, ranges, strict=True):
+            bounds = float(((low - z) / s).min()), float(((high - z) / s).max())
+            affine = schemes.activation_grid(*bounds, options.activation_bits)
+            for index, (x, target, mask) in enumerate(zip(use.batches, wanted, masks, strict=True)):
+                seen = affine.round_trip(((x - z) / s).astype(np.float32))
+                error = rows_of(output(use, index, seen, rounded, shifts) - target, mask)
+                total += float(np.square(error, dtype=np.float64).sum())
+                tokens += error.shape[0]
         return total / max(tokens, 1)
 
     return loss
+
+
+def _some_columns(weight: Float, use: Use) -> Float:
+    """Evenly spaced columns of a weight as wide as a vocabulary, which stand for all where they are not mixed."""
+    return weight[:, :: -(-weight.shape[1] // MOST_COLUMNS)] if use.inspected is None else weight
 
 
 def _product_session() -> Session:
@@ -253,15 +357,15 @@ def _product(session: Session, x: Array, weight: Float, shift: Float) -> Array:
     return session.run({"x": x, "weight": weight, "shift": shift})["y"]
 
 
-def _inspected(walk: Walk, site: Site) -> Callable[[int, list[Array]], Array]:
-    """What the error is measured on, from the number of a feed and the readers' products x W."""
-    end = _meeting_point(site)
+def _inspected(walk: Walk, site: Site, kind: Kind) -> Callable[[int, list[Array]], Array] | None:
+    """What the error is measured on, from the number of a feed and the readers' products x W; None for these."""
+    end = _meeting_point(site) if kind in (Kind.NORM, Kind.LINEAR) else None
     if end is None:
-        return lambda index, products: np.concatenate(products, axis=-1)
-    outs = [layer.matmul.outputs[0] for layer in site.readers]
+        return None
+    outs = [node.outputs[0] for node in site.readers]
     behind = {node for out in outs for node in graph.descendants(out)}
     chosen = behind & graph.ancestors(end, lambda value: value in outs)
-    graph_ = site.readers[0].matmul.graph
+    graph_ = site.readers[0].graph
     assert graph_ is not None
     session, others = walk.piece([node for node in graph_ if node in chosen], outs, end)
     names = [out.name or "" for out in outs]
@@ -276,76 +380,16 @@ def _meeting_point(site: Site) -> ir.Value | None:
     For several readers it is the output of attention, or of a gated unit. A single reader is inspected there only when
     a Softmax lies between, as in a fused QKV projection; else the error is measured right behind the product.
     """
-    reached = [graph.descendants(layer.matmul.outputs[0]) for layer in site.readers]
+    reached = [graph.descendants(node.outputs[0]) for node in site.readers]
     common = set.intersection(*reached)
-    graph_ = site.readers[0].matmul.graph
+    graph_ = site.readers[0].graph
     assert graph_ is not None
     for node in graph_:
         if node not in common or (layer := graph.linear_at(node)) is None:
             continue
         between = graph.ancestors(layer.x, lambda value: value is site.x)
-        if not all(member.matmul in between for member in site.readers):
+        if not all(reader in between for reader in site.readers):
             continue
-        attention = any(node.op_type in ("Softmax", "Attention") for node in between & common)
+        attention = any(node.op_type in ATTENTION for node in between & common)
         return layer.x if len(site.readers) > 1 or attention else None
     return None
-
-
-def fold(model: ir.Model, site: Site, z: Float, s: Float) -> None:
-    """Write the migration into the graph: normalization, readers, and the residual connection.
-
-    Args:
-        model: edited in place.
-        site: where; its normalization must have constant parameters.
-        z: shift [C].
-        s: scale [C], positive.
-    """
-    assert site.norm is not None
-    name = site.norm.name or site.x.name or "norm"
-    gamma = np.asarray(graph.constant(site.norm.inputs[1]), dtype=np.float32)
-    has_beta = len(site.norm.inputs) > 2 and site.norm.inputs[2] is not None
-    beta = np.asarray(graph.constant(site.norm.inputs[2]), dtype=np.float32) if has_beta else np.zeros_like(gamma)
-    graph.replace_constant(model, site.norm, 1, f"{name}.gain", gamma / s)
-    if has_beta or z.any():
-        if len(site.norm.inputs) < 3:
-            site.norm.resize_inputs(3)
-        graph.replace_constant(model, site.norm, 2, f"{name}.shift", (beta - z) / s)
-    for layer in site.readers:
-        _absorb(model, layer, z, s)
-    _restore(model, site, z, s, name)
-
-
-def _absorb(model: ir.Model, layer: Linear, z: Float, s: Float) -> None:
-    weight, bias = layer.weights(), layer.biases()
-    if z.any():
-        moved = (z.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
-        if layer.add is not None and bias is not None:
-            index = 0 if layer.add.inputs[0] is layer.bias else 1
-            graph.replace_constant(model, layer.add, index, f"{layer.name}.bias", bias + moved)
-        else:
-            out = layer.matmul.outputs[0]
-            add = ir.node("Add", [out, graph.add_initializer(model, f"{layer.name}.bias", moved)])
-            graph.like(add.outputs[0], out)
-            graph.bypass(out, add.outputs[0])
-            add.replace_input_with(0, out)
-            graph.insert_after(layer.matmul, [add])
-    if (s != 1).any():
-        graph.replace_constant(model, layer.matmul, 1, f"{layer.name}.weight", weight * s[:, None])
-
-
-def _restore(model: ir.Model, site: Site, z: Float, s: Float, name: str) -> None:
-    """X = s X~ + z for the readers that are not linear layers."""
-    assert site.norm is not None
-    if not site.others:
-        return
-    restored, new = site.x, []
-    for op_type, vector, neutral in (("Mul", s, 1.0), ("Add", z, 0.0)):
-        if (vector != neutral).any():
-            constant = graph.add_initializer(model, f"{name}.restore_{op_type.lower()}", vector)
-            new.append(ir.node(op_type, [restored, constant], name=f"{name}.restore_{op_type.lower()}"))
-            restored = graph.like(new[-1].outputs[0], site.x)
-    graph.insert_after(site.norm, new)
-    for node in site.others:
-        for index, entry in enumerate(node.inputs):
-            if entry is site.x:
-                node.replace_input_with(index, restored)

@@ -49,7 +49,7 @@ class QuantizeEmbeddings:
                 continue
             if table not in tables:
                 tables[table] = self._store(model, table)
-            self._look_up(gather, *tables[table])
+            graph.look_up(gather, *tables[table])
             rewrites.append(Event(gather, f"int{self.bits} per row of {table.name}"))
         if rewrites:
             graph.sweep(model)
@@ -72,16 +72,3 @@ class QuantizeEmbeddings:
             graph.add_initializer(model, f"{table.name}_codes", codes),
             graph.add_initializer(model, f"{table.name}_scales", scales),
         )
-
-    def _look_up(self, gather: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
-        out, ids = gather.outputs[0], gather.inputs[1]
-        name = gather.name or out.name
-        rows = ir.node("Gather", [codes, ids], {"axis": 0}, name=f"{name}_codes")
-        steps = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{name}_scales")
-        cast = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_cast")
-        product = ir.node("Mul", [cast.outputs[0], steps.outputs[0]], name=f"{name}_dequantized")
-        graph.like(rows.outputs[0], out, ir.DataType.INT8)
-        graph.like(cast.outputs[0], out, ir.DataType.FLOAT)
-        graph.like(product.outputs[0], out)
-        graph.insert_after(gather, [rows, steps, cast, product])
-        graph.bypass(out, product.outputs[0])

@@ -20,7 +20,7 @@ class RecoverGelu:
     """Write a decomposed GELU, by erf or by tanh, as one Gelu.
 
     before:  y = x * 0.5 * (1 + Erf(x / sqrt(2)))                            in any order of the products
-             y = x * 0.5 * (1 + Tanh(sqrt(2/pi) * (x + 0.044715 * x**3)))
+             y = x * 0.5 * (1 + Tanh(sqrt(2/pi) * (x + 0.044715 * x**3)))     or with x taken out of the bracket
     after:   y = Gelu(x)                                                     approximate = none or tanh
 
     x is of any shape. Source: Hendrycks and Gimpel 2016, section 2.
@@ -90,12 +90,37 @@ def _erf_argument(core: ir.Node) -> ir.Value | None:
 def _tanh_argument(core: ir.Node) -> ir.Value | None:
     inner, factor = _scaled(core.inputs[0])
     add = graph.producer(inner, "Add")
-    if add is None or not _close(factor, math.sqrt(2 / math.pi)):
+    if add is None:
+        return _factored_argument(core)
+    if not _close(factor, math.sqrt(2 / math.pi)):
         return None
     for cubic in add.inputs:
         x = graph.other_input(add, cubic) if cubic is not None else None
         cube, weight = _scaled(cubic)
         if x is not None and _close(weight, 0.044715) and _is_cube(cube, x):
+            return x
+    return None
+
+
+def _factored_argument(core: ir.Node) -> ir.Value | None:
+    """The x of tanh(sqrt(2/pi) x (1 + 0.044715 x x)), as BLOOM and `gelu_fast` write it."""
+    product = graph.producer(core.inputs[0], "Mul")
+    for bracket in product.inputs if product is not None else ():
+        one = graph.producer(bracket, "Add")
+        square = next((entry for entry in one.inputs if graph.scalar(entry) is None), None) if one is not None else None
+        if product is None or bracket is None or one is None or square is None:
+            continue
+        x, factor = _scaled(graph.other_input(product, bracket))
+        if x is None or not _close(factor, math.sqrt(2 / math.pi)):
+            continue
+        leaves = _factors(square, x)
+        numbers = [float(leaf) for leaf in leaves if leaf not in ("x", "?")]
+        if (
+            _close(graph.scalar(graph.other_input(one, square)), 1.0)
+            and sorted(leaves)[-2:] == ["x", "x"]
+            and len(leaves) == len(numbers) + 2
+            and _close(math.prod(numbers), 0.044715)
+        ):
             return x
     return None
 

@@ -80,7 +80,8 @@ def _normalized(divide: ir.Node) -> tuple[ir.Value, float] | None:
     x = sub.inputs[0]
     if reduce is None or mean is None or x is None or epsilon is None or mean.inputs[0] is not x:
         return None
-    if not (_last_axis(reduce, x) and _last_axis(mean, x) and _squares(reduce.inputs[0], x, mean.outputs[0])):
+    over_last = graph.reduces_last_axis(reduce, x) and graph.reduces_last_axis(mean, x)
+    if not (over_last and _squares(reduce.inputs[0], x, mean.outputs[0])):
         return None
     return x, epsilon
 
@@ -101,17 +102,7 @@ def _squares(value: ir.Value | None, x: ir.Value, mean: ir.Value) -> bool:
 
 def _same_mean(value: ir.Value | None, mean: ir.Value, x: ir.Value) -> bool:
     node = graph.producer(value, "ReduceMean")
-    return value is mean or (node is not None and node.inputs[0] is x and _last_axis(node, x))
-
-
-def _last_axis(reduce: ir.Node, x: ir.Value) -> bool:
-    if graph.attribute(reduce, "keepdims", 1) != 1:
-        return False
-    axes = graph.attribute(reduce, "axes")
-    if axes is None and len(reduce.inputs) > 1 and (array := graph.constant(reduce.inputs[1])) is not None:
-        axes = array.tolist()
-    last = graph.rank(x)
-    return isinstance(axes, tuple | list) and list(axes) in ([-1], [(last or 0) - 1])
+    return value is mean or (node is not None and node.inputs[0] is x and graph.reduces_last_axis(node, x))
 
 
 def _affine(divide: ir.Node, x: ir.Value, epsilon: float) -> _Match | None:

@@ -180,3 +180,33 @@ def test_a_quantizer_whose_scale_is_computed_is_left_alone() -> None:
     before = head(WIDE) + f"{{ m = ReduceMax<keepdims = 0>(x)  t = Mul(m, s)  {QDQ.replace('s, z', 't, z')} }}"
     result = check_pass(ClipRanges(), before=before, after=before, feeds=CALM)
     assert not result.declined
+
+
+def test_a_per_token_quantizer_has_no_range_to_clip() -> None:
+    model = float_model()
+    InsertQdq(granularity="per-token").run(model, Context())
+    result = check_pass(ClipRanges(), before=model, after=model, feeds=CALM, context=Context())
+    assert not result.declined
+
+
+def test_beside_per_token_layers_the_static_ones_are_clipped() -> None:
+    both = parse(
+        head(WIDE).replace("y)", "y, float[b, s, 3] o)")
+        + f"{{ r = Identity(x)  {LAYER}  e = DequantizeLinear<axis = 1>(codes, scales)  [rows] o = MatMul(r, e) }}"
+    )
+    context = Context(measure=context_on(both, SHARP).measure, search=CALM, reference=context_on(both, CALM).reference)
+    model = both.clone()
+    InsertQdq(per_token=("rows",)).run(model, context)
+    result = check_pass(ClipRanges(), before=model, feeds=CALM, context=context)
+    assert [(event.where, event.reason) for event in (*result.rewrites, *result.declined)] == [
+        ("fc.input_q", "clipped")
+    ]
+
+
+def test_a_quotient_of_the_model_itself_is_clipped() -> None:
+    # The mean of the magnitudes, not their maximum: it does not bound the quotient.
+    own = "a = Abs(x)  m = ReduceMean<keepdims = 1>(a)  n = Max(m, top)  u = Div(x, n)"
+    before = head(WIDE) + f"{{ {own} {QDQ.replace('QuantizeLinear(x', 'QuantizeLinear(u')} }}"
+    plain = parse(before.replace("q = QuantizeLinear(u, s, z)  r = DequantizeLinear(q, s, z)", "r = Identity(u)"))
+    result = check_pass(ClipRanges(), before=before, feeds=CALM, context=context_on(plain, CALM))
+    assert len(result.rewrites) == 1

@@ -14,6 +14,8 @@ model (uint8[b, s, 2] q) => (float[b, s, 3] y)
 """
 X = "x = DequantizeLinear(q, s, z)"
 W = "d = DequantizeLinear<axis = 1>(codes, scales)"
+BESIDE = f"{X} {W} g = MatMul(x, d) "
+"""A layer that makes the graph a QDQ graph, as the pass requires."""
 FUSED = "com.microsoft.MatMulIntegerToFloat(q, codes, s, scales, z"
 
 
@@ -103,9 +105,53 @@ def test_an_activation_with_a_scale_for_each_channel_stays_the_same_function() -
     check_pass(LowerIntegerMatmul(), before=HEAD + f"{{ {X} {W} p = MatMul(x, d)  {more}  y = Add(p, k) }}")
 
 
-LOWERED = "{ %s [fc] p = MatMul(x, d)  y = Identity(p) }"
-BESIDE = f"{X} {W} g = MatMul(x, d) "
-"""A layer that makes the graph a QDQ graph, as the pass requires."""
+ROW_TEXT = HEAD.replace("uint8[b, s, 2] q", "float[b, s, 2] f").replace(
+    "float s = {0.5}", "int64[1] axes = {-1}, float s = {0.5}"
+)
+ROWS = "a = Abs(f)  l = ReduceMax(a, axes)  r = Max(l, number)  u = Div(f, r)  q = QuantizeLinear(u, s, z)"
+"""Rows of a float input, each divided by its largest magnitude; `number` is that of rows of zeros."""
+
+
+def test_a_per_token_layer_keeps_its_rescale_and_its_bias() -> None:
+    result = check_pass(
+        LowerIntegerMatmul(),
+        before=ROW_TEXT + f"{{ {ROWS} {X} {W} [fc] p = MatMul(x, d)  h = Mul(p, r)  y = Add(h, c) }}",
+        after=ROW_TEXT + f"{{ {ROWS} p = {FUSED})  h = Mul(p, r)  y = Add(h, c) }}",
+    )
+    assert [(event.where, event.reason) for event in result.rewrites] == [("fc", "MatMulIntegerToFloat")]
+
+
+def test_layers_of_both_kinds_on_one_value_are_each_lowered() -> None:
+    check_pass(
+        LowerIntegerMatmul(),
+        before=ROW_TEXT
+        + f"""{{ {ROWS} {X} {W} p = MatMul(x, d)  h = Mul(p, r)
+                 i = QuantizeLinear(f, s, z)  j = DequantizeLinear(i, s, z)  e = DequantizeLinear<axis = 1>(codes, scales)
+                 k = MatMul(j, e)  o = Add(k, c)  y = Add(h, o) }}""",
+        after=ROW_TEXT
+        + f"""{{ {ROWS} p = {FUSED})  h = Mul(p, r)  i = QuantizeLinear(f, s, z)
+                 o = {FUSED.replace("(q", "(i")}, , c)  y = Add(h, o) }}""",
+    )
+
+
+TURNED = HEAD.replace("int8[2, 3] codes = {1, 2, 3, 4, -5, 6}", "int8[3, 2] codes = {1, 4, 2, -5, 3, 6}")
+"""The same weight as it lies in an embedding table."""
+
+
+@pytest.mark.parametrize("transpose", ["Transpose", "Transpose<perm = [1, 0]>"], ids=["by default", "by permutation"])
+def test_a_weight_stored_as_rows_is_read_through_its_transpose(transpose: str) -> None:
+    turned = f"t = {transpose}(codes)"
+    check_pass(
+        LowerIntegerMatmul(),
+        before=TURNED + f"{{ {X} {turned} {W.replace('codes', 't')} [fc] p = MatMul(x, d)  y = Add(p, c) }}",
+        after=TURNED + f"{{ {turned} y = {FUSED.replace('codes', 't')}, , c) }}",
+    )
+
+
+def test_a_transpose_that_moves_nothing_is_no_weight_stored_as_rows() -> None:
+    kept = "t = Transpose<perm = [0, 1]>(codes)  e = DequantizeLinear<axis = 1>(t, scales)  o = MatMul(x, e)"
+    result = check_pass(LowerIntegerMatmul(), before=HEAD + f"{{ {BESIDE} {kept}  y = Add(g, o) }}")
+    assert len(result.rewrites) == 1
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_padding_counts_neither_for_the_shift_nor_for_the_scale() -> None:
         ),
         pytest.param(
             hand(f"[ln] {NORM} {LAYER} [other] z = MatMul(x, w)", outputs=", float[b, s, 3] z"),
-            "a weight is shared with another layer",
+            "a weight is shared with a layer whose input cannot be migrated",
             id="a shared weight",
         ),
     ],
@@ -262,9 +262,12 @@ def test_scales_follow_equation_8_on_both_sides(
     assert scales_for(threshold, floats(low), floats(high)).tolist() == expected
 
 
-@pytest.mark.parametrize(("largest", "count", "lowest"), [(80.0, 160, 1.0), (3.0, 100, 1.0), (0.5, 100, 0.05)])
-def test_thresholds_walk_down_from_the_largest_value(largest: float, count: int, lowest: float) -> None:
-    thresholds = threshold_grid(largest, 100)
+@pytest.mark.parametrize(
+    ("largest", "end", "count", "lowest"),
+    [(80.0, 1.0, 160, 1.0), (3.0, 1.0, 100, 1.0), (0.5, 1.0, 100, 0.05), (80.0, 0.1, 160, 0.1), (0.5, 0.1, 100, 0.1)],
+)
+def test_thresholds_walk_down_from_the_largest_value(largest: float, end: float, count: int, lowest: float) -> None:
+    thresholds = threshold_grid(largest, 100, end)
     assert len(thresholds) == count
     assert thresholds[0] == largest
     assert thresholds[-1] == np.float32(lowest)
@@ -272,8 +275,8 @@ def test_thresholds_walk_down_from_the_largest_value(largest: float, count: int,
 
 
 def test_of_equal_losses_the_larger_threshold_wins() -> None:
-    assert search(lambda t: 1.0, floats([4, 3, 2, 1]), stride=1) == 0
-    assert search(lambda t: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == 1
+    assert search(lambda t: 1.0, floats([4, 3, 2, 1]), stride=1) == (0, 1.0)
+    assert search(lambda t: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == (1, 0.5)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 200])
@@ -285,7 +288,7 @@ def test_a_coarse_search_finds_the_bottom_of_a_valley_with_fewer_tries(stride: i
         tried.append(t)
         return (t - 42.0) ** 2 if stride < 100 else (t - 92.0) ** 2
 
-    assert thresholds[search(loss, thresholds, stride)] == (42.0 if stride < 100 else 92.0)
+    assert thresholds[search(loss, thresholds, stride)[0]] == (42.0 if stride < 100 else 92.0)
     assert len(tried) == len(set(tried))
     assert stride == 1 or stride >= 100 or len(tried) < 55
 
@@ -494,3 +497,31 @@ def test_the_float_function_is_kept_to_rounding_on_samples_that_were_not_searche
     fresh: list[Feed] = [{"x": np.random.default_rng(99).standard_normal((3, 5, WIDE)).astype(np.float32)}]
     (fidelity,) = verify.fidelity(Session(model), Session(changed), fresh)
     assert fidelity.sqnr_db > 90
+
+
+def test_a_layer_as_wide_as_a_vocabulary_is_searched_on_some_of_its_columns() -> None:
+    body = f"{NORM} [head] y = MatMul(n, w)"
+    few = np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32)
+    narrow, wide = few[:, ::2], np.tile(few, (1, 1024))
+    thresholds = [
+        check_pass(MigrateOutliers(), before=hand(body, width=weight.shape[1], constants={"w": weight}), feeds=TOKENS)
+        .rewrites[0]
+        .figures["threshold"]
+        for weight in (narrow, wide)
+    ]
+    assert thresholds[0] == thresholds[1]
+
+
+def test_values_in_the_thousands_are_searched_in_a_few_hundred_steps() -> None:
+    thresholds = threshold_grid(4000.0, 100, 0.1)
+    tried: list[float] = []
+
+    def loss(t: float) -> float:
+        tried.append(t)
+        return abs(t - 7.3)
+
+    index, least = search(loss, thresholds, 8)
+    assert least == min(abs(float(t) - 7.3) for t in thresholds)
+    assert thresholds[index] == pytest.approx(7.3, abs=0.5)
+    assert len(thresholds) == 8000
+    assert len(tried) < 100

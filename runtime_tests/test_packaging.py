@@ -45,7 +45,7 @@ def test_the_public_names_are_those_that_are_documented() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_recipe_and_type_marker(tmp_path: Path) -> None:
+def test_a_wheel_holds_every_module_recipe_type_marker_and_trained_model(tmp_path: Path) -> None:
     source = tmp_path / "source"  # setuptools leaves a build folder beside what it builds
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,12 +56,12 @@ def test_a_wheel_holds_every_module_recipe_and_type_marker(tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("scalefold-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("scalefold/")}
-    patterns = ("*.py", "*.yaml", "py.typed")
     wanted = {
-        f"scalefold/{folder}/{path.name}"
+        f"scalefold/{path.relative_to(source)}"
         for folder in FOLDERS
-        for pattern in patterns
-        for path in (ROOT / folder).glob(pattern)
+        for path in (source / folder).rglob("*")
+        if path.is_file()
     }
-    assert len(wanted) > 40
+    weights = {name for name in wanted if name.endswith(".safetensors")}
+    assert len(wanted) > 40 and len(weights) == 3
     assert held == wanted

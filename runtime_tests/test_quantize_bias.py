@@ -9,7 +9,7 @@ from scalefold.passes.quantize_bias import QuantizeBias
 CONSTANTS = """
 <int8[2, 3] codes = {1, 2, 3, 4, -5, 6}, float[3] scales = {0.5, 0.25, 2.0}, float s = {0.5}, uint8 z = {3},
  float[3] c = {1.0, -1.0, 7.0}, int32[3] bias_codes = {4, -8, 7}, float[3] steps = {0.25, 0.125, 1.0},
- int8[3] zeros = {0, 0, 0}, float number = {1.0}, float[2, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
+ int8[3] zeros = {0, 0, 0}, float number = {1.0}, int64[1] axes = {-1}, float[2, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
 """
 FLAT = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[m, 2] q) => (float[m, 3] y)' + CONSTANTS
 STATIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[2, 64, 2] q) => (float[2, 64, 3] y)' + CONSTANTS
@@ -17,6 +17,8 @@ DYNAMIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[b, s, 2] q) =
 PRODUCT = "x = DequantizeLinear(q, s, z)  d = DequantizeLinear<axis = 1>(codes, scales)  [fc] p = MatMul(x, d)"
 EXPLICIT = PRODUCT.replace("scales)", "scales, zeros)")
 """The same with the zero point of the weight written out."""
+ROWS = "a = Abs(f)  l = ReduceMax(a, axes)  r = Max(l, number)  u = Div(f, r)  q = QuantizeLinear(u, s, z)"
+"""Rows of a float input, each divided by its largest magnitude; `number` is that of rows of zeros."""
 BIAS = "k = DequantizeLinear<axis = 0>(bias_codes, steps)"
 
 
@@ -52,6 +54,10 @@ def test_a_bias_that_another_node_reads_too_stays_for_it() -> None:
         pytest.param(FLAT.replace("q)", "q, float[3] v)") + f"{{ {PRODUCT} y = Add(p, v) }}", id="a bias that is fed"),
         pytest.param(FLAT + f"{{ {PRODUCT} y = Identity(p) }}", id="no bias"),
         pytest.param(FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, p) }}", id="a product read elsewhere"),
+        pytest.param(
+            (FLAT + f"{{ {ROWS} {PRODUCT} h = Mul(p, r)  y = Add(h, c) }}").replace("uint8[m, 2] q", "float[m, 2] f"),
+            id="a per-token product",
+        ),
     ],
 )
 def test_other_biases_stay_float(before: str) -> None:

@@ -9,6 +9,7 @@ from scalefold import passes
 from scalefold.compiler.errors import RecipeError
 from scalefold.compiler.protocol import Pipeline
 from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
+from scalefold.passes.insert_qdq import InsertQdq
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_every_named_recipe_loads_and_has_passes(name: str, folder: Path) -> Non
 
 
 def test_the_named_recipes_are_those_the_documentation_speaks_of() -> None:
-    assert {"w8a8", "w8a8-naive", "w6a6"} <= set(named_recipes())
+    assert {"w8a8", "w8a8-naive", "w8a8-token", "w6a6"} <= set(named_recipes())
 
 
 @pytest.mark.parametrize("name", sorted(named_recipes()))
@@ -62,6 +63,19 @@ def test_an_empty_section_takes_its_defaults(folder: Path) -> None:
     recipe = load_recipe(written(folder, "migration: {}\n"))
     assert recipe.migration is not None
     assert recipe.migration.shift
+
+
+def test_activations_are_per_tensor_unless_a_recipe_says_otherwise(folder: Path) -> None:
+    assert InsertQdq(8, "per-tensor", ()) in passes.pipeline(Recipe()).quantize
+    recipe = load_recipe(written(folder, "activations: {bits: 6, granularity: per-token}\n"))
+    assert InsertQdq(6, "per-token", ()) in passes.pipeline(recipe).quantize
+    recipe = load_recipe(written(folder, "activations: {per_token: [down_proj, '^lm_head$']}\n"))
+    assert InsertQdq(8, "per-tensor", ("down_proj", "^lm_head$")) in passes.pipeline(recipe).quantize
+
+
+def test_a_granularity_that_does_not_exist_is_a_fault(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"activations.granularity: input should be 'per-tensor' or 'per-token'"):
+        load_recipe(written(folder, "activations: {granularity: per-row}\n"))
 
 
 def test_every_fault_is_reported_at_once_with_key_and_value(folder: Path) -> None:

@@ -12,6 +12,9 @@ model (float[b, s, 8] x) => (float[b, s, 8] y)
  float cubic = {0.044715}, float slope = {0.7978846}>
 """
 ERF = "a = Div(x, root2)  e = Erf(a)  p = Add(e, one)"
+FACTORED = (
+    "k = Mul(x, cubic)  s = Mul(k, x)  b = Add(s, one)  e = Mul(x, slope)  a = Mul(e, b)  t = Tanh(a)  p = Add(t, one)"
+)
 POW = "c = Pow(x, three)  k = Mul(c, cubic)  i = Add(x, k)  a = Mul(i, slope)  t = Tanh(a)  p = Add(t, one)"
 CUBES = POW.replace("c = Pow(x, three)", "xx = Mul(x, x)  c = Mul(xx, x)")
 HALF_FIRST = "h = Mul(half, x)  y = Mul(h, p)"
@@ -46,6 +49,7 @@ def test_every_erf_spelling_becomes_gelu(core: str, gate: str) -> None:
     [
         pytest.param(POW, id="Pow 3"),
         pytest.param(CUBES, id="x x x"),
+        pytest.param(FACTORED, id="x taken out"),
         pytest.param(CUBES.replace("Mul(xx, x)", "Mul(x, xx)"), id="x times x x"),
         pytest.param(POW.replace("Mul(c, cubic)", "Mul(cubic, c)"), id="number first"),
         pytest.param(POW.replace("Add(x, k)", "Add(k, x)"), id="cube first"),

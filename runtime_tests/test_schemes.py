@@ -103,6 +103,17 @@ def test_the_widest_range_of_float32_stays_finite() -> None:
     assert np.isfinite([grid.scale, grid.low, grid.high]).all()
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_grid_of_a_row_is_symmetric_and_never_needs_its_ends_clipped(bits: int) -> None:
+    grid = schemes.row_grid(bits)
+    assert grid.quantize(np.array([-1, 0, 1], np.float32)).tolist() == [1, 2 ** (bits - 1), 2**bits - 1]
+    np.testing.assert_allclose(grid.round_trip(np.array([-1, 0, 1], np.float32)), [-1, 0, 1], rtol=1e-6)
+    rows = GENERATOR.standard_normal((500, 7)).astype(np.float32)
+    unit = rows / np.abs(rows).max(axis=1, keepdims=True)
+    codes = np.rint(unit / np.float32(grid.scale)) + grid.zero_point
+    assert (codes.min(), codes.max()) == (1, grid.largest_code)
+
+
 @pytest.mark.parametrize(("bits", "largest"), [(2, 1), (3, 3), (4, 7), (5, 15), (6, 31), (7, 63), (8, 127)])
 def test_weight_codes_are_narrow_and_symmetric(bits: int, largest: int) -> None:
     assert schemes.largest_weight_code(bits) == largest

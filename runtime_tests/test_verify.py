@@ -10,11 +10,14 @@ import pytest
 
 from scalefold.compiler import CompileReport, graph, verify
 from scalefold.compiler.errors import KernelError, PatternError
+from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.verify import layer_kernels, require_integer_kernels
+from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.quantize_weights import QuantizeWeights
 
 CONSTANTS = """<float s = {0.1}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4},
- int8[4] wz = {0, 0, 0, 0}, float[4] b = {1.0, 2.0, 3.0, 4.0}, int64[3] pair = {0, 0, 4},
+ int8[4] wz = {0, 0, 0, 0}, float[4] b = {1.0, 2.0, 3.0, 4.0}, int64[3] pair = {0, 0, 4}, int64[1] axes = {-1},
  int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8},
  int32[4] bc = {100, 100, 100, 100}, float[4] bs = {0.01, 0.02, 0.03, 0.04}>"""
 WEIGHT = "wd = DequantizeLinear<axis = 1>(w, ws, wz)"
@@ -32,6 +35,10 @@ def saved(folder: Path, body: str, shape: str = "b, t, 4", out: str | None = Non
     ir.save(model, path)
     return path
 
+
+ROWS = """a = Abs(x)  l = ReduceMax(a, axes)  r = Max(l, s)  u = Div(x, r)
+    q = QuantizeLinear(u, s, z)  d = DequantizeLinear(q, s, z)"""
+PER_TOKEN = f"{ROWS} {WEIGHT} p = MatMul(d, wd)  o = Mul(p, r)  y = Add(o, b)"
 
 SOUND = {
     "three dynamic dimensions and a float bias": (
@@ -60,6 +67,19 @@ SOUND = {
         "b, t, 4",
         "MatMulIntegerToFloat",
     ),
+    "a per-token layer": (PER_TOKEN, "b, t, 4", "MatMulIntegerToFloat"),
+    "a per-token layer of two dimensions": (PER_TOKEN, "b, 4", "MatMulIntegerToFloat"),
+    "a per-token layer of static shapes": (PER_TOKEN, "2, 3, 4", "MatMulIntegerToFloat"),
+    "a weight behind a Transpose": (
+        f"{QUANTIZE} t = Transpose(w)  wd = DequantizeLinear<axis = 1>(t, ws, wz)  p = MatMul(d, wd)  y = Add(p, b)",
+        "b, t, 4",
+        "MatMulIntegerToFloat",
+    ),
+    "a weight behind a Transpose, of the fused operator": (
+        "q = QuantizeLinear(x, s, z)  t = Transpose(w)  y = com.microsoft.MatMulIntegerToFloat(q, t, s, ws, z, , b)",
+        "b, t, 4",
+        "MatMulIntegerToFloat",
+    ),
 }
 
 
@@ -69,6 +89,47 @@ def test_a_sound_layer_is_reported_with_its_integer_kernel(tmp_path: Path, case:
     (found,) = layer_kernels(saved(tmp_path, body, shape))
     assert (found.name, found.shape, found.kernel, found.integer) == ("fc", (4, 4), kernel, True)
     require_integer_kernels([found])
+
+
+@pytest.mark.parametrize("quantize", [QUANTIZE, ROWS], ids=["per tensor", "per token"])
+def test_a_head_that_shares_the_codes_of_the_embedding_table_is_a_layer_of_its_own(
+    tmp_path: Path, quantize: str
+) -> None:
+    # The table [N, K] = [6, 4] is looked up by row, and read through a Transpose by the head.
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    model (int64[b, t] ids) => (float[b, t, 6] y)
+    <float s = {{0.1}}, uint8 z = {{128}}, int64[1] axes = {{-1}}, float[6] ws = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6}},
+     float[6, 1] rows = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6}},
+     int8[6, 4] w = {{1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8, 1, 2, 3, 4, 5, 6, 7, 8}}>
+    {{ g = Gather(w, ids)  i = Cast<to = 1>(g)  j = Gather(rows, ids)  x = Mul(i, j)  {quantize}
+       t = Transpose(w)  wd = DequantizeLinear<axis = 1>(t, ws)  p = MatMul(d, wd)
+       {"y = Mul(p, r)" if quantize is ROWS else "y = Identity(p)"} }}"""
+    model = ir.from_onnx_text(text)
+    graph.nodes(model, "MatMul")[0].name = "lm_head"
+    ir.save(model, tmp_path / "model.onnx")
+    (found,) = layer_kernels(tmp_path / "model.onnx")
+    assert (found.name, found.shape, found.kernel, found.integer) == ("lm_head", (4, 6), "MatMulIntegerToFloat", True)
+    assert found.activation == ("per-token" if quantize is ROWS else "per-tensor")
+
+
+FUSED = "MatMulIntegerToFloat(q, w, s, ws, z"
+
+
+@pytest.mark.parametrize(
+    ("body", "activation"),
+    [
+        pytest.param(SOUND["three dynamic dimensions and a float bias"][0], "per-tensor", id="static"),
+        pytest.param(f"q = QuantizeLinear(x, s, z)  y = com.microsoft.{FUSED})", "per-tensor", id="static and fused"),
+        pytest.param(PER_TOKEN, "per-token", id="per token"),
+        pytest.param(f"{ROWS} p = com.microsoft.{FUSED})  y = Mul(p, r)", "per-token", id="per token and fused"),
+        pytest.param(f"{ROWS} p = com.microsoft.{FUSED})  y = Mul(p, s)", "per-tensor", id="never rescaled"),
+        pytest.param("y = com.microsoft.DynamicQuantizeMatMul(x, w, ws)", "per-tensor", id="dynamic per tensor"),
+        pytest.param(f"{WEIGHT} y = MatMul(x, wd)", "float", id="float"),
+    ],
+)
+def test_each_layer_says_what_has_a_scale_in_its_input(tmp_path: Path, body: str, activation: str) -> None:
+    (found,) = layer_kernels(saved(tmp_path, body))
+    assert found.activation == activation
 
 
 SABOTAGED = {
@@ -253,6 +314,33 @@ def test_codes_that_could_saturate_16_bits_are_found(codes: tuple[int, int], sat
     )
     graph.nodes(model, "MatMul")[0].name = "fc"
     assert verify.saturating_layers(model) == (["fc"] if saturates else [])
+
+
+@pytest.mark.parametrize(("codes", "saturates"), [((127, 127), True), ((64, 64), False)])
+def test_codes_stored_as_rows_are_checked_as_columns(codes: tuple[int, int], saturates: bool) -> None:
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        model (uint8[b, t, 2] q) => (float[b, t, 1] y)
+        <float s = {{0.1}}, uint8 z = {{128}}, float[1] ws = {{0.1}}, int8[1, 2] w = {{{codes[0]}, {codes[1]}}}>
+        {{ t = Transpose(w)  y = com.microsoft.MatMulIntegerToFloat(q, t, s, ws, z) }}"""
+    )
+    graph.nodes(model, "MatMulIntegerToFloat")[0].name = "lm_head"
+    assert verify.saturating_layers(model) == (["lm_head"] if saturates else [])
+
+
+def test_the_sqnr_of_a_per_token_layer_is_that_of_its_rescaled_output() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    model (float[b, t, 3] x) => (float[b, t, 3] y)
+    <float[3, 3] w = {0.5, -1.0, 2.0, 1.0, 0.25, -0.5, 1.5, 2.0, -1.0}, float[3] c = {1.0, -2.0, 0.5}>
+    { [first] h = MatMul(x, w)  n = Neg(h)  [second] p = MatMul(n, w)  y = Add(p, c) }"""
+    original = ir.from_onnx_text(text)
+    model = original.clone()
+    QuantizeWeights().run(model, Context())
+    InsertQdq(granularity="per-token").run(model, Context())
+    rows = np.random.default_rng(0).standard_normal((1, 50, 3)) * 10 ** np.linspace(-3, 3, 50)[:, None]
+    found = verify.layer_sqnr(original, model, [{"x": rows.astype(np.float32)}])
+    assert set(found) == {"first", "second"}
+    assert all(sqnr > 35 for sqnr in found.values()), found
 
 
 def test_no_compiled_layer_can_saturate(compiled: dict[str, CompileReport]) -> None:

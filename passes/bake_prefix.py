@@ -1,0 +1,194 @@
+"""Put a token in front of every sequence, as constants in the KV cache, where it takes massive activations away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from scalefold.compiler import graph
+from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, is_decoder
+from scalefold.compiler.facts import Fact
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.runtime import Array, Feed, Session
+from scalefold.compiler.schemes import Float
+
+LOOK = 64
+"""Tokens of each search sample that candidates are judged on: massive activations sit at the beginning."""
+
+
+@dataclass(frozen=True)
+class BakePrefix:
+    """Let every sequence begin behind a fixed token whose keys and values are constants of the graph.
+
+    before:  past [B,H,P,D];  mask [B,P+S];  positions [B,S]           -> attention;  present [B,H,P+S,D]
+    after:   Concat(K, past);  Concat(1, mask);  positions + n          -> attention;  Slice(present', n:)
+
+    K [1,H,n,D] are the keys or values that the float model computes for the n tokens of the prefix. Callers see no
+    difference: the cache that goes in and out is without it. Massive activations (Sun et al. 2024, arXiv 2402.17762)
+    sit on the first token of a sequence, whatever it is; behind a prefix there is no first token any more. (The idea is
+    that of CushionCache, Son et al. 2024, arXiv 2406.12016, and PrefixQuant, Chen et al. 2024, arXiv 2410.05265.)
+
+    Candidates are the tokens that are most frequent in the search samples. Taken is, of those that bring the largest
+    input of any linear layer down enough, the one whose logits diverge least from those without a prefix. The function
+    changes, which is why the result is compared with the original model.
+
+    Attributes:
+        candidates: how many tokens are tried.
+        reduction: by what factor the largest input of a linear layer must fall.
+    """
+
+    name: ClassVar[str] = "bake-prefix"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.NORMAL_FORM})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    candidates: int = 16
+    reduction: float = 4.0
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Search the token and bake it; decline where there is nothing massive, or no token takes it away."""
+        if not is_decoder(model) or _has_prefix(model):
+            return PassResult()
+        decoder = decoder_of(model)
+        anchor = graph.consumers(_inputs(model)[next(iter(decoder.cache))])[0]
+        names = list(dict.fromkeys(layer.x.name or "" for layer in graph.linear_layers(model)))
+        session = Session(model, outputs=[LOGITS, *names])
+        prompts = [feed["input_ids"][:1, :LOOK] for feed in ctx.search]
+        before, wanted = _look(session, decoder, names, prompts, ())
+        tokens = _frequent(prompts, self.candidates)
+        found: dict[int, tuple[float, float]] = {}
+        with ctx.progress("searching a prefix", len(tokens)) as advance:
+            for token in tokens:
+                after, got = _look(session, decoder, names, prompts, (token,))
+                found[token] = (after, float(np.mean([_divergence(*pair) for pair in zip(wanted, got, strict=True)])))
+                advance()
+        enough = {token: entry for token, entry in found.items() if entry[0] * self.reduction <= before}
+        if not enough:
+            least = min((entry[0] for entry in found.values()), default=before)
+            return PassResult((), (Event(anchor, "no prefix is called for", {"largest": before, "least": least}),))
+        token = min(enough, key=lambda token: enough[token][1])
+        bake(model, (token,))
+        figures = {"largest_before": before, "largest_after": enough[token][0], "divergence": enough[token][1]}
+        return PassResult((Event(anchor, f"token {token} in front of every sequence", figures),))
+
+
+def bake(model: ir.Model, tokens: Sequence[int]) -> None:
+    """Bake the keys and values of these tokens into a decoder's graph, which must have no prefix yet."""
+    decoder, inputs = decoder_of(model), _inputs(model)
+    n = len(tokens)
+    states = Session(model, outputs=list(decoder.outputs.values())).run(decoder.prompt_feed(np.array([tokens])))
+    new = _Builder(model, inputs["input_ids"])
+    for name, output in decoder.outputs.items():
+        past, present = inputs[name], next(value for value in model.graph.outputs if value.name == output)
+        constant = graph.add_initializer(model, f"{name}.prefix", states[output])
+        new.expand_and_join(constant, past, axis=2)
+        _hide(model, present, n)
+    if (mask := inputs.get("attention_mask")) is not None:
+        ones = np.ones((1, n), dtype=mask.dtype.numpy() if mask.dtype is not None else np.int64)
+        new.expand_and_join(graph.add_initializer(model, "attention_mask.prefix", ones), mask, axis=1)
+    if (positions := inputs.get("position_ids")) is not None:
+        dtype = positions.dtype.numpy() if positions.dtype is not None else np.int64
+        shift = graph.add_initializer(model, "position_ids.prefix", np.array(n, dtype=dtype))
+        new.replace(positions, ir.node("Add", [positions, shift], name="position_ids.behind_prefix"))
+    new.insert()
+
+
+class _Builder:
+    """The nodes that prefix a graph's inputs, put in front of everything else."""
+
+    def __init__(self, model: ir.Model, ids: ir.Value) -> None:
+        self._model = model
+        self._batch = ir.node("Shape", [ids], {"start": 0, "end": 1}, name="prefix.batch")
+        self._nodes = [self._batch]
+        self._sizes: dict[int, ir.Value] = {}
+
+    def expand_and_join(self, constant: ir.Value, value: ir.Value, axis: int) -> None:
+        """Let the readers of an input [B, ...] read it behind a constant [1, ...], along `axis`."""
+        rank = graph.rank(constant) or 0
+        if rank not in self._sizes:
+            ones = graph.add_initializer(self._model, f"prefix.ones_{rank}", np.ones(rank - 1, dtype=np.int64))
+            sizes = ir.node("Concat", [self._batch.outputs[0], ones], {"axis": 0}, name=f"prefix.sizes_{rank}")
+            self._nodes.append(sizes)
+            self._sizes[rank] = sizes.outputs[0]
+        expand = ir.node("Expand", [constant, self._sizes[rank]], name=f"{value.name}.prefix_of_all")
+        expand.outputs[0].type = value.type
+        self._nodes.append(expand)
+        self.replace(
+            value, ir.node("Concat", [expand.outputs[0], value], {"axis": axis}, name=f"{value.name}.prefixed")
+        )
+
+    def replace(self, value: ir.Value, node: ir.Node) -> None:
+        """Let the readers of an input read what `node` makes of it."""
+        result = node.outputs[0]
+        result.type = value.type
+        result.name = f"{node.name}.out"
+        for use in list(value.uses()):
+            if use.node is not node:
+                use.node.replace_input_with(use.idx, result)
+        self._nodes.append(node)
+
+    def insert(self) -> None:
+        """Put the nodes in front."""
+        graph.insert_before(self._model.graph[0], self._nodes)
+
+
+def _hide(model: ir.Model, present: ir.Value, n: int) -> None:
+    """Leave the first n positions out of a cache that goes out; readers inside keep them."""
+    index = list(model.graph.outputs).index(present)
+    bounds = [
+        graph.add_initializer(model, f"prefix.{name}", np.array([number], dtype=np.int64))
+        if (known := model.graph.initializers.get(f"prefix.{name}")) is None
+        else known
+        for name, number in (("length", n), ("end", np.iinfo(np.int64).max), ("axis", 2))
+    ]
+    name = present.name
+    present.name = f"{name}.with_prefix"
+    visible = ir.node("Slice", [present, *bounds], name=f"{name}.visible")
+    graph.like(visible.outputs[0], present).name = name
+    present.shape = None
+    model.graph.outputs[index] = visible.outputs[0]
+    producer = present.producer()
+    assert producer is not None
+    graph.insert_after(producer, [visible])
+
+
+def _inputs(model: ir.Model) -> dict[str, ir.Value]:
+    return {value.name or "": value for value in model.graph.inputs}
+
+
+def _has_prefix(model: ir.Model) -> bool:
+    return any(name.endswith(".prefix") for name in model.graph.initializers)
+
+
+def _frequent(prompts: Sequence[Array], count: int) -> list[int]:
+    """The most frequent tokens, of equally frequent ones the smallest."""
+    tokens, counts = np.unique(np.concatenate([ids.ravel() for ids in prompts]), return_counts=True)
+    return [int(token) for token in tokens[np.lexsort((tokens, -counts))[:count]]]
+
+
+def _look(
+    session: Session, decoder: Decoder, names: Sequence[str], prompts: Sequence[Array], prefix: Sequence[int]
+) -> tuple[float, list[Float]]:
+    """The largest magnitude of the named values, and the logits of each prompt, both behind the prefix."""
+    largest, logits = 0.0, []
+    for ids in prompts:
+        feed: Feed = decoder.prompt_feed(np.concatenate([np.array([prefix], dtype=ids.dtype), ids], axis=1))
+        found: Mapping[str, Array] = session.run(feed)
+        largest = max(largest, *(float(np.abs(found[name][:, len(prefix) :]).max()) for name in names))
+        logits.append(np.asarray(found[LOGITS][0, len(prefix) :], dtype=np.float32))
+    return largest, logits
+
+
+def _divergence(wanted: Float, got: Float) -> float:
+    """Mean Kullback-Leibler divergence of two sets of logits [tokens, V], in nats."""
+
+    def log_softmax(logits: Float) -> Float:
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+    p, q = log_softmax(wanted), log_softmax(got)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
