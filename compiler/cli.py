@@ -240,6 +240,7 @@ def generate_command(
     errors.print(
         f"{written.new_tokens} tokens after {written.prompt_tokens} of the prompt, stopped by {continuation.stopped};"
         f" prompt {written.prefill_seconds:.2f} s, then {written.tokens_per_second:.1f} tokens/s",
+        soft_wrap=True,
         highlight=False,
     )
 

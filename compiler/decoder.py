@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
 
 LOGITS = "logits"
+ROWS = 64
+"""Tokens whose probabilities are computed at a time: each is as wide as the vocabulary."""
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 PAIRED_PREFIXES = (("input.", "output."), ("past_key_values.", "present."))
 """How exporters name the cache on its way in and out: transformers' own, and the older one of optimum."""
@@ -168,6 +171,21 @@ def cache_pairs(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]
         if name.startswith(behind)
     )
     return {name: paired for name, paired in candidates if paired in known}
+
+
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Logarithms of the probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def divergence(wanted: Array, got: Array) -> float:
+    """Mean over tokens of the Kullback-Leibler divergence of two sets of logits [tokens, V], in nats."""
+    total = 0.0
+    for start in range(0, len(wanted), ROWS):
+        p, q = log_softmax(wanted[start : start + ROWS]), log_softmax(got[start : start + ROWS])
+        total += float((np.exp(p) * (p - q)).sum())
+    return total / max(len(wanted), 1)
 
 
 def position_limit(folder: Path) -> int | None:

@@ -11,9 +11,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +74,7 @@ class LayerReport:
         kernel: the operator onnxruntime runs it with on this machine.
         integer: whether that is a fast integer kernel.
         sqnr_db: output of the layer in the quantized graph against float, on held-out samples; None when not measured.
+        activation: what has a scale of its own: the tensor, each token, or nothing in a float layer.
     """
 
     name: str
@@ -81,6 +82,7 @@ class LayerReport:
     kernel: str
     integer: bool
     sqnr_db: float | None
+    activation: verify.Activation = "per-tensor"
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ class _Run:
                 result = entry.run(self.source.model, self.context)
                 if result.changed and entry.contract is Contract.LOSSY and not graph.is_quantized(self.source.model):
                     self.tamed = self.source.model.clone()
+                    self.context = replace(self.context, reference=_reference(self.tamed, self.context.search))
                 _release_memory(self.original)
             self.records.append(_record(entry, result))
 
@@ -306,7 +309,9 @@ class _Run:
             load_seconds = verify.load_seconds(stage / artifact.MODEL)
             advance()
         layers = tuple(
-            LayerReport(entry.name, entry.shape, entry.kernel, entry.integer, self.layer_sqnr.get(entry.name))
+            LayerReport(
+                entry.name, entry.shape, entry.kernel, entry.integer, self.layer_sqnr.get(entry.name), entry.activation
+            )
             for entry in kernels
         )
         report = self._report(place, layers, tuple(outputs), artifact.size_of(stage), load_seconds)
@@ -449,6 +454,7 @@ def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> lis
         )
     names = [layer.name for layer in layers]
     select(allow_float, names, what="allow-float")
+    select(recipe.activations.per_token, names, what="per-token")
     left = refusals(names, recipe.include, recipe.exclude)
     if len(left) == len(layers):
         raise PatternError(
@@ -466,12 +472,18 @@ def _context(used: Calibration, search_samples: int, original: ir.Model, progres
         with progress("calibrating", used.count) as advance:
             return calibrate.collect(model, requests, used.feeds(), advance)
 
-    @cache
-    def reference() -> list[dict[str, Array]]:
-        session = Session(original, outputs=_results(original))
-        return [session.run(feed) for feed in search]
+    return Context(measure=measure, search=search, reference=_reference(original, search), progress=progress)
 
-    return Context(measure=measure, search=search, reference=reference, progress=progress)
+
+def _reference(model: ir.Model, feeds: Sequence[Feed]) -> Callable[[], list[dict[str, Array]]]:
+    """The results of a float model for some feeds, computed on first use."""
+
+    @cache
+    def results() -> list[dict[str, Array]]:
+        session = Session(model, outputs=_results(model))
+        return [session.run(feed) for feed in feeds]
+
+    return results
 
 
 def _results(model: ir.Model) -> list[str]:

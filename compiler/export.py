@@ -62,7 +62,6 @@ def export_model(source: object, folder: Path, task: str | None = None) -> None:
                 where="source",
                 remedy="give a hub id, a folder, an .onnx file, or a transformers model",
             )
-        task = task or task_of(source.config)
         source.save_pretrained(folder / "source")
         source = folder / "source"
     command = [sys.executable, "-m", "scalefold.compiler.export", str(source), str(folder), task or ""]

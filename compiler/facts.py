@@ -50,24 +50,29 @@ def quantized_matmuls(model: ir.Model) -> list[ir.Node]:
     return [node for node in graph.nodes(model, "MatMul", "Gemm") if weight_dequantizer(node) is not None]
 
 
-def row_maximum(quantize: ir.Node | None) -> ir.Value | None:
-    """What a per-token quantizer divides each row by, [..., 1]: the row's largest magnitude; None for any other node."""
+def row_range(quantize: ir.Node | None) -> tuple[ir.Value, ir.Value] | None:
+    """(minimum, span) of each row, [..., 1], that a per-token quantizer brings rows to [0, 1] by; None for another node."""
     divide = graph.producer(quantize.inputs[0], "Div") if quantize is not None else None
-    floor = graph.producer(divide.inputs[1], "Max") if divide is not None else None
-    reduce = graph.producer(floor.inputs[0], "ReduceMax") if floor is not None else None
-    magnitude = graph.producer(reduce.inputs[0], "Abs") if reduce is not None else None
-    if divide is None or magnitude is None or magnitude.inputs[0] is not divide.inputs[0]:
+    shift = graph.producer(divide.inputs[0], "Sub") if divide is not None else None
+    minimum = graph.producer(shift.inputs[1], "ReduceMin") if shift is not None else None
+    span = graph.producer(divide.inputs[1], "Max") if divide is not None else None
+    if minimum is None or span is None or shift is None or minimum.inputs[0] is not shift.inputs[0]:
         return None
-    return divide.inputs[1]
+    return minimum.outputs[0], span.outputs[0]
 
 
-def row_rescale(product: ir.Node) -> ir.Node | None:
-    """The Mul that gives the rows of a per-token product their size back, or None; `product` may be fused."""
+def restored_rows(product: ir.Node) -> ir.Node | None:
+    """The Add that ends what gives the rows of a per-token product their range back, or None; `product` may be fused."""
     dequantize = graph.producer(product.inputs[0], "DequantizeLinear")
-    codes = dequantize.inputs[0] if dequantize is not None else product.inputs[0]
-    maximum = row_maximum(graph.producer(codes, "QuantizeLinear"))
-    rescale = graph.only_consumer(product.outputs[0], "Mul")
-    return rescale if maximum is not None and rescale is not None and maximum in rescale.inputs else None
+    found = row_range(
+        graph.producer(dequantize.inputs[0] if dequantize is not None else product.inputs[0], "QuantizeLinear")
+    )
+    scaled = graph.only_consumer(product.outputs[0], "Mul")
+    restore = graph.only_consumer(scaled.outputs[0], "Add") if scaled is not None else None
+    if found is None or scaled is None or restore is None or found[1] not in scaled.inputs:
+        return None
+    offset = graph.producer(graph.other_input(restore, scaled.outputs[0]), "Mul")
+    return restore if offset is not None and found[0] in offset.inputs else None
 
 
 def _normal_form(model: ir.Model) -> bool:

@@ -26,7 +26,7 @@ class Weights(_Section):
 
 
 class Activations(_Section):
-    """Inputs of linear layers: uint8 container; per tensor static and asymmetric, per token dynamic and symmetric."""
+    """Inputs of linear layers: uint8 container; asymmetric; per tensor static, per token dynamic."""
 
     bits: int = Field(8, ge=2, le=8, description="bits per activation, in an 8-bit container")
     granularity: Granularity = Field("per-tensor", description="what has a scale: the tensor, or each token (row)")
@@ -71,6 +71,17 @@ class Prefix(_Section):
     )
 
 
+class Exceptions(_Section):
+    """Ranges per token for the few activations of a decoder that no static range holds, chosen by measurement."""
+
+    divergence: float = Field(
+        0.02, gt=0, description="divergence of the logits from float, in nats per token, that is good enough"
+    )
+    per_token_share: float = Field(
+        0.25, ge=0, le=1, description="largest share of the linear multiply-adds that may get a range per token"
+    )
+
+
 class CalibrationOptions(_Section):
     """How much calibration data is used."""
 
@@ -93,6 +104,7 @@ class Recipe(_Section):
     embeddings: Embeddings | None = None
     prefix: Prefix | None = None
     migration: Migration | None = None
+    exceptions: Exceptions | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     target: Target = "onnxruntime-cpu"
     include: tuple[str, ...] = Field((), description="regular expressions of layers to quantize; empty means all")

@@ -5,7 +5,7 @@ Truth table (b is the number of bits, held in an 8-bit container):
 | tensor     | container | codes                      | scale           | zero point        | symmetric |
 | ---------- | --------- | -------------------------- | --------------- | ----------------- | --------- |
 | activation | uint8     | 0 .. 2^b - 1               | one per tensor  | one, in the codes | no        |
-| same, rows | uint8     | 1 .. 2^b - 1               | one per row     | 2^(b-1)           | yes       |
+| same, rows | uint8     | 0 .. 2^b - 1               | one per row     | the row's minimum | no        |
 | weight     | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per column  | 0                 | yes       |
 | embedding  | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per row     | 0                 | yes       |
 | bias       | int32     | all                        | act. x weight   | 0                 | yes       |
@@ -96,15 +96,24 @@ def activation_grid(low: float, high: float, bits: int = 8) -> Affine:
 
 
 def row_grid(bits: int = 8) -> Affine:
-    """The uint8 symmetric grid of a row that was divided by its largest magnitude: [-1, 1] at codes 1 .. 2**bits - 1.
-
-    Every code stays below 2**bits, as `column_scales` counts on.
+    """The uint8 grid of a row that was brought to [0, 1] by its minimum and span: codes 0 .. 2**bits - 1, zero point 0.
 
     Args:
         bits: 2 to 8.
     """
-    middle = 1 << (bits - 1)
-    return Affine(scale=float(np.float32(1 / (middle - 1))), zero_point=middle, bits=bits)
+    return Affine(scale=float(np.float32(1 / ((1 << bits) - 1))), zero_point=0, bits=bits)
+
+
+def round_trip_rows(x: Float, bits: int = 8) -> Float:
+    """`x` [rows, K] as a graph sees it that quantizes each row by its own minimum and span."""
+    low = x.min(axis=-1, keepdims=True)
+    span = np.maximum(x.max(axis=-1, keepdims=True) - low, np.float32(SMALLEST_SCALE))
+    return np.asarray(row_grid(bits).round_trip((x - low) / span) * span + low, dtype=np.float32)
+
+
+def column_sums(codes: npt.NDArray[np.int8], scales: Float) -> Float:
+    """The sum of each column of a weight with int8 codes [K, N] and scales [N] or (): float32 of shape [N]."""
+    return np.asarray(codes.sum(axis=0, dtype=np.int64) * scales.astype(np.float64), dtype=np.float32)
 
 
 def largest_weight_code(bits: int) -> int:

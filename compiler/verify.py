@@ -16,7 +16,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.errors import KernelError
-from scalefold.compiler.facts import row_rescale, weight_array, weight_dequantizer
+from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
@@ -144,7 +144,7 @@ def _shape_of(weight: ir.Value) -> tuple[int, ...]:
 
 
 def _activation_of(node: ir.Node) -> Activation:
-    if row_rescale(node) is not None:
+    if restored_rows(node) is not None:
         return "per-token"
     quantized = node.op_type in INTEGER_KERNELS - {"MatMulNBits"} or (
         graph.producer(node.inputs[0], "DequantizeLinear") is not None
@@ -313,7 +313,7 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -
 
 
 def _layer_output(matmul: ir.Node) -> str:
-    out = (row_rescale(matmul) or matmul).outputs[0]
+    out = (restored_rows(matmul) or matmul).outputs[0]
     add = graph.only_consumer(out, "Add")
     bias = graph.other_input(add, out) if add is not None else None
     last = add.outputs[0] if add is not None and bias is not None and bias.is_initializer() else out

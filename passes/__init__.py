@@ -6,6 +6,7 @@ from scalefold.compiler.protocol import Pass, Pipeline
 from scalefold.compiler.recipe import Recipe, Target
 from scalefold.passes.bake_prefix import BakePrefix
 from scalefold.passes.clip_ranges import ClipRanges
+from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.insert_qdq import InsertQdq
@@ -19,6 +20,7 @@ from scalefold.passes.quantize_weights import QuantizeWeights
 from scalefold.passes.recover_gelu import RecoverGelu
 from scalefold.passes.recover_layer_norm import RecoverLayerNorm
 from scalefold.passes.recover_rms_norm import RecoverRmsNorm
+from scalefold.passes.share_weights import ShareWeights
 from scalefold.passes.shield_layer_norm import ShieldLayerNorm
 from scalefold.passes.tie_embeddings import TieEmbeddings
 from scalefold.passes.unflatten_tokens import UnflattenTokens
@@ -29,6 +31,7 @@ NORMALIZE: tuple[Pass, ...] = (
     RecoverGelu(),
     NormalizeLinear(),
     UnflattenTokens(),
+    ShareWeights(),
     NameLayers(),
 )
 LOWER: dict[Target, tuple[Pass, ...]] = {
@@ -79,6 +82,14 @@ def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
         passes.append(
             ClipRanges(activations.clipping, activations.clipping_step, activations.bits, activations.clipping_refine)
         )
+        passes.append(_fitted(recipe))
     if recipe.embeddings is not None:
         passes.append(QuantizeEmbeddings(bits=recipe.embeddings.bits))
     return tuple(passes)
+
+
+def _fitted(recipe: Recipe) -> FitActivations:
+    exceptions = recipe.exceptions
+    if exceptions is None:
+        return FitActivations(bits=recipe.activations.bits)
+    return FitActivations(recipe.activations.bits, exceptions.divergence, exceptions.per_token_share)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, is_decoder
+from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, divergence, is_decoder
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
@@ -64,7 +64,7 @@ class BakePrefix:
         with ctx.progress("searching a prefix", len(tokens)) as advance:
             for token in tokens:
                 after, got = _look(session, decoder, names, prompts, (token,))
-                found[token] = (after, float(np.mean([_divergence(*pair) for pair in zip(wanted, got, strict=True)])))
+                found[token] = (after, float(np.mean([divergence(*pair) for pair in zip(wanted, got, strict=True)])))
                 advance()
         enough = {token: entry for token, entry in found.items() if entry[0] * self.reduction <= before}
         if not enough:
@@ -181,14 +181,3 @@ def _look(
         largest = max(largest, *(float(np.abs(found[name][:, len(prefix) :]).max()) for name in names))
         logits.append(np.asarray(found[LOGITS][0, len(prefix) :], dtype=np.float32))
     return largest, logits
-
-
-def _divergence(wanted: Float, got: Float) -> float:
-    """Mean Kullback-Leibler divergence of two sets of logits [tokens, V], in nats."""
-
-    def log_softmax(logits: Float) -> Float:
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
-
-    p, q = log_softmax(wanted), log_softmax(got)
-    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())

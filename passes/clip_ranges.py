@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
-from scalefold.compiler.facts import Fact, row_maximum
+from scalefold.compiler.decoder import is_decoder
+from scalefold.compiler.facts import Fact, row_range
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
@@ -56,6 +57,8 @@ class ClipRanges:
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Search the ratios and set them; declines the quantizers that are best left as they are."""
+        if is_decoder(model):  # fit-activations does it layer by layer: whole runs for each range would take hours
+            return PassResult()
         found = [node for node in graph.nodes(model, "QuantizeLinear") if _is_static(node)]
         quantizers = [node for node in found if SEARCHED not in node.meta]
         if not quantizers:
@@ -87,10 +90,10 @@ class ClipRanges:
         for node, ratio in ratios.items():
             node.meta[SEARCHED] = True
             affine = self._grid(tokens[node], ratio)
-            if affine == _current_grid(node, self.bits):
+            if affine == current_grid(node, self.bits):
                 declined.append(Event(node, "best as it is", {"ratio": ratio, **figures}))
             else:
-                _set_grid(model, node, affine)
+                set_grid(model, node, affine)
                 rewrites.append(
                     Event(node, "clipped", {"ratio": ratio, "low": affine.low, "high": affine.high, **figures})
                 )
@@ -101,10 +104,10 @@ class ClipRanges:
 
 
 def _token_ranges(model: ir.Model, quantizers: Sequence[ir.Node], ctx: Context) -> dict[ir.Node, TokenRange]:
-    ranges = ctx.measure(model, {_source(node).name or "": TokenRange for node in quantizers})
+    ranges = ctx.measure(model, {source_of(node).name or "": TokenRange for node in quantizers})
     found = {}
     for node in quantizers:
-        seen = ranges[_source(node).name or ""]
+        seen = ranges[source_of(node).name or ""]
         assert isinstance(seen, TokenRange)
         found[node] = seen
     return found
@@ -143,12 +146,12 @@ def _refined(
 
 
 def _is_static(node: ir.Node) -> bool:
-    """Whether its range is a property of the activation; that of a per-token quantizer is [-1, 1] by construction."""
+    """Whether its range is a property of the activation; that of a per-token quantizer is [0, 1] by construction."""
     constant_grid = graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
-    return constant_grid and row_maximum(node) is None
+    return constant_grid and row_range(node) is None
 
 
-def _source(quantize: ir.Node) -> ir.Value:
+def source_of(quantize: ir.Node) -> ir.Value:
     """The activation in front of a quantizer and of the Clip that belongs to it."""
     clip = graph.producer(quantize.inputs[0], "Clip")
     source = clip.inputs[0] if clip is not None and (clip.name or "").endswith(".input_clip") else quantize.inputs[0]
@@ -159,7 +162,7 @@ def _source(quantize: ir.Node) -> ir.Value:
 def _grid_constants(quantize: ir.Node) -> list[ir.Value]:
     """Scale and zero point, and the bounds of the Clip in front when there is one."""
     constants = [quantize.inputs[1], quantize.inputs[2]]
-    if quantize.inputs[0] is not _source(quantize):
+    if quantize.inputs[0] is not source_of(quantize):
         clip = graph.producer(quantize.inputs[0], "Clip")
         assert clip is not None
         constants += [clip.inputs[1], clip.inputs[2]]
@@ -194,13 +197,15 @@ def _with_free_grids(model: ir.Model, quantizers: Sequence[ir.Node]) -> ir.Model
     return copy
 
 
-def _current_grid(quantize: ir.Node, bits: int) -> Affine:
+def current_grid(quantize: ir.Node, bits: int) -> Affine:
+    """The grid of a static quantizer."""
     scale, zero = graph.scalar(quantize.inputs[1]), graph.scalar(quantize.inputs[2])
     assert scale is not None and zero is not None
     return Affine(scale, int(zero), bits)
 
 
-def _set_grid(model: ir.Model, quantize: ir.Node, affine: Affine) -> None:
+def set_grid(model: ir.Model, quantize: ir.Node, affine: Affine) -> None:
+    """Give a static quantizer, and the Clip that belongs to it, another grid."""
     for name, array in _fed({quantize: affine}).items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import Fact
+from scalefold.compiler.facts import Fact, restored_rows
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 
@@ -20,7 +20,8 @@ class FoldShift:
     before:  Add(Add(r, z), Add(y, b))
     after:   Add(r, Add(y, b + z))
 
-    r and y are [..., C], z and b constants [C]; y is a product, so that the integer kernel applies b + z at no cost.
+    r and y are [..., C], z and b constants [C]; y is a product, so that the integer kernel applies b + z at no cost, or a
+    per-token product with its rows restored, whose bias is added anyway.
     """
 
     name: ClassVar[str] = "fold-shift"
@@ -33,7 +34,7 @@ class FoldShift:
         rewrites, declined = [], []
         for shift in graph.nodes(model, "Add"):
             vector = _vector_of(shift)
-            if vector is None or graph.producer(graph.other_input(shift, vector), "MatMul") is not None:
+            if vector is None or _is_product(graph.other_input(shift, vector)):
                 continue
             total = graph.only_consumer(shift.outputs[0], "Add")
             partner = graph.other_input(total, shift.outputs[0]) if total is not None else None
@@ -41,7 +42,7 @@ class FoldShift:
             bias = _vector_of(biased) if biased is not None else None
             if total is None or biased is None or bias is None:
                 continue
-            if graph.producer(graph.other_input(biased, bias), "MatMul") is None:
+            if not _is_product(graph.other_input(biased, bias)):
                 continue
             if graph.only_consumer(biased.outputs[0]) is None:
                 declined.append(Event(shift, "the layer's output is read elsewhere too"))
@@ -60,3 +61,13 @@ class FoldShift:
 def _vector_of(add: ir.Node) -> ir.Value | None:
     """The constant vector that an Add adds, or None."""
     return next((v for v in add.inputs if v is not None and v.is_initializer() and graph.rank(v) == 1), None)
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    """Whether a MatMul makes `value`, or the Add that restores the rows of a per-token one."""
+    if graph.producer(value, "MatMul") is not None:
+        return True
+    restore = graph.producer(value, "Add")
+    scaled = graph.producer(restore.inputs[0], "Mul") if restore is not None else None
+    product = graph.producer(scaled.inputs[0], "MatMul") if scaled is not None else None
+    return product is not None and restored_rows(product) is restore

@@ -10,14 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph, schemes
-from scalefold.compiler.facts import Fact, quantized_matmuls
+from scalefold.compiler.facts import Fact, quantized_matmuls, weight_array, weight_dequantizer
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, select
 from scalefold.compiler.recipe import Granularity
 from scalefold.compiler.schemes import Affine
 from scalefold.compiler.stats import TokenRange
 
 AXES_ARE_INPUTS = 18
-"""The opset from which ReduceMax takes its axes as an input."""
+"""The opset from which ReduceMin and ReduceMax take their axes as an input."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class InsertQdq:
 
     before:  Add(MatMul(x, dq(W)), b)
     after:   Add(MatMul(DequantizeLinear(QuantizeLinear(x, s, z), s, z), dq(W)), b)            per tensor
-    after:   r = Max(ReduceMax(Abs(x)), tiny);   u = x / r                                     per token
-             Add(MatMul(DequantizeLinear(QuantizeLinear(u, 1/127, 128), 1/127, 128), dq(W)) * r, b)
+    after:   m = ReduceMin(x);   r = Max(ReduceMax(x) - m, tiny);   u = (x - m) / r            per token
+             Add(MatMul(DequantizeLinear(QuantizeLinear(u, 1/255, 0), 1/255, 0), dq(W)) * r + m * c, b)
 
     x is [..., K], W [K, N], b [N]. Per tensor, s and z are one number each: uint8, asymmetric, static, from the extremes of
-    calibration; below 8 bits a Clip in front keeps the codes within 2**bits - 1. Per token, r is [..., 1], computed from the
-    row itself: no calibration, and no row sees another. u is within [-1, 1], so one constant grid serves every row and the
-    integer kernel stays; x W = r (u W) holds row by row. Figures: docs/decisions/0006.
+    calibration; below 8 bits a Clip in front keeps the codes within 2**bits - 1. Per token, m and r are [..., 1], computed
+    from the row itself: no calibration, and no row sees another. u is within [0, 1], so one constant grid serves every row
+    and the integer kernel stays. c are the column sums of W [N]: x W = (r u + m) W = r (u W) + m c holds row by row.
+    Figures: docs/decisions/0006.
 
     Layers that read one x share its quantizer; a per-tensor and a per-token layer have one each.
 
@@ -62,7 +63,9 @@ class InsertQdq:
             if x is None or graph.producer(x, "DequantizeLinear") is not None:
                 declined.append(Event(matmul, "its input is quantized already"))
             elif per_token and matmul.op_type != "MatMul":
-                declined.append(Event(matmul, "its rows cannot be rescaled before its bias: not in normal form"))
+                declined.append(Event(matmul, "its rows cannot be restored before its bias: not in normal form"))
+            elif per_token and _column_sums(matmul) is None:
+                declined.append(Event(matmul, "its weight is not int8 per column with zero point 0"))
             else:
                 (dynamic if per_token else static).setdefault(x, []).append(matmul)
         rewrites = [*self._insert_static(model, static, ctx), *self._insert_dynamic(model, dynamic)]
@@ -113,44 +116,70 @@ def quantize_input(model: ir.Model, x: ir.Value, readers: Sequence[ir.Node], aff
 
 
 def quantize_rows(model: ir.Model, readers: Sequence[ir.Node], bits: int) -> None:
-    """Let `readers` read each row of their input divided by its largest magnitude and rounded; undo that behind them."""
-    # Asked for only now: where the input is the product of another per-token layer, it has been rescaled meanwhile.
+    """Let `readers` read each row of their input brought to [0, 1] and rounded; undo that behind them."""
+    # Asked for only now: where the input is the product of another per-token layer, that was restored meanwhile.
     x = readers[0].inputs[0]
     assert x is not None
     name = readers[0].name or x.name or "activation"
-    magnitude = ir.node("Abs", [x], name=f"{name}.input_abs")
-    largest = _row_maximum(model, graph.like(magnitude.outputs[0], x), name)
-    # A row of zeros is divided by this instead: 0 / tiny = 0.
+    low, high = _reduction(model, "ReduceMin", x, name), _reduction(model, "ReduceMax", x, name)
+    width = ir.node("Sub", [high.outputs[0], low.outputs[0]], name=f"{name}.input_row_width")
+    # A row of one value is divided by this instead: 0 / tiny = 0.
     tiny = graph.add_initializer(model, f"{name}.input_smallest", np.array(schemes.SMALLEST_SCALE, dtype=np.float32))
-    floor = ir.node("Max", [largest.outputs[0], tiny], name=f"{name}.input_row_size")
-    divide = ir.node("Div", [x, floor.outputs[0]], name=f"{name}.input_unit_rows")
-    for value in (largest.outputs[0], floor.outputs[0]):
-        value.shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], 1])
-        value.type = x.type
+    span = ir.node("Max", [width.outputs[0], tiny], name=f"{name}.input_row_span")
+    shift = ir.node("Sub", [x, low.outputs[0]], name=f"{name}.input_from_zero")
+    divide = ir.node("Div", [graph.like(shift.outputs[0], x), span.outputs[0]], name=f"{name}.input_to_one")
+    for node in (low, high, width, span):
+        node.outputs[0].shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], 1])
+        node.outputs[0].type = x.type
     pair = _round_trip(model, name, graph.like(divide.outputs[0], x), schemes.row_grid(bits))
-    graph.insert_before(readers[0], [magnitude, largest, floor, divide, *pair])
+    graph.insert_before(readers[0], [low, high, width, span, shift, divide, *pair])
     for reader in readers:
         reader.replace_input_with(0, pair[-1].outputs[0])
-        _rescale_rows(reader, floor.outputs[0])
+        _restore_rows(model, reader, low.outputs[0], span.outputs[0])
 
 
-def _row_maximum(model: ir.Model, x: ir.Value, name: str) -> ir.Node:
+def _reduction(model: ir.Model, op_type: str, x: ir.Value, name: str) -> ir.Node:
     if model.graph.opset_imports.get("", 0) < AXES_ARE_INPUTS:
-        return ir.node("ReduceMax", [x], {"axes": [-1]}, name=f"{name}.input_row_maximum")
+        return ir.node(op_type, [x], {"axes": [-1]}, name=f"{name}.input_{op_type}")
     axes = graph.add_initializer(model, f"{name}.input_axes", np.array([-1], dtype=np.int64))
-    return ir.node("ReduceMax", [x, axes], name=f"{name}.input_row_maximum")
+    return ir.node(op_type, [x, axes], name=f"{name}.input_{op_type}")
 
 
-def _rescale_rows(matmul: ir.Node, size: ir.Value) -> None:
-    """Multiply the product by the rows' size; the result takes the product's name, by which layers are compared."""
+def _restore_rows(model: ir.Model, matmul: ir.Node, low: ir.Value, span: ir.Value) -> None:
+    """Give the product its rows' range back; the result takes the product's name, by which layers are compared."""
     out = matmul.outputs[0]
-    name = out.name
-    rescale = ir.node("Mul", [out, size], name=f"{matmul.name}.rescale")
-    graph.like(rescale.outputs[0], out)
-    graph.insert_after(matmul, [rescale])
-    graph.bypass(out, rescale.outputs[0])
-    rescale.replace_input_with(0, out)
-    out.name, rescale.outputs[0].name = f"{name}_unit_rows", name
+    name, sums = out.name, _column_sums(matmul)
+    assert sums is not None
+    scaled = ir.node("Mul", [out, span], name=f"{matmul.name}.row_span")
+    column_sums = graph.add_initializer(model, f"{matmul.name}.column_sums", sums)
+    offset = ir.node("Mul", [low, column_sums], name=f"{matmul.name}.row_offset")
+    restore = ir.node("Add", [scaled.outputs[0], offset.outputs[0]], name=f"{matmul.name}.restore_rows")
+    for node in (scaled, offset, restore):
+        graph.like(node.outputs[0], out)
+    graph.insert_after(matmul, [scaled, offset, restore])
+    graph.bypass(out, restore.outputs[0])
+    scaled.replace_input_with(0, out)
+    out.name, restore.outputs[0].name = f"{name}_unit_rows", name
+
+
+def _column_sums(matmul: ir.Node) -> schemes.Float | None:
+    """The sums of the columns of a layer's weight [N], unless it is quantized in another way than per column."""
+    weight = weight_dequantizer(matmul)
+    assert weight is not None
+    codes, scales = weight_array(weight.inputs[0]), graph.constant(weight.inputs[1])
+    zero = graph.constant(weight.inputs[2]) if len(weight.inputs) > 2 else None
+    if (
+        codes is None
+        or codes.dtype != np.int8
+        or scales is None
+        or scales.ndim > 1
+        or (zero is not None and zero.any())
+    ):
+        return None
+    if scales.ndim == 1 and graph.attribute(weight, "axis", 1) not in (1, -1):
+        return None
+    sums = schemes.column_sums(codes.astype(np.int8, copy=False), np.asarray(scales, dtype=np.float32))
+    return np.broadcast_to(sums, codes.shape[1:])
 
 
 def _round_trip(model: ir.Model, name: str, x: ir.Value, affine: Affine) -> tuple[ir.Node, ir.Node]:

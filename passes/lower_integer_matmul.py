@@ -20,8 +20,8 @@ class LowerIntegerMatmul:
     before:  Add(MatMul(DequantizeLinear(q, s, z), DequantizeLinear(codes, scales; axis=1)), b)
     after:   MatMulIntegerToFloat(q, codes, s, scales, z, -, b)
 
-    before:  Add(Mul(MatMul(DequantizeLinear(q, s, z), DequantizeLinear(codes, scales; axis=1)), r), b)      per token
-    after:   Add(Mul(MatMulIntegerToFloat(q, codes, s, scales, z), r), b)
+    before:  Mul(MatMul(DequantizeLinear(q, s, z), DequantizeLinear(codes, scales; axis=1)), r) + ...        per token
+    after:   Mul(MatMulIntegerToFloat(q, codes, s, scales, z), r) + ...
 
     q is uint8 [..., K], codes int8 [K, N] or Transpose(codes [N, K]), scales and b [N], r [..., 1]. Nothing is left to
     onnxruntime's own pattern matching, which misses a float bias behind two-dimensional or static shapes and then runs the

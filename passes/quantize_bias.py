@@ -22,7 +22,7 @@ class QuantizeBias:
 
     b, codes and s_W are [N]. onnxruntime fuses MatMul and Add of such shapes to Gemm before it looks for QDQ. Only with an
     int32 bias, and a zero point written out at the weight, does that Gemm become QGemm, the integer kernel. With three
-    dynamic dimensions a float bias is best. Behind a per-token product the Mul by the rows' size keeps Gemm away, and a
+    dynamic dimensions a float bias is best. Behind a per-token product the Mul by the rows' span keeps Gemm away, and a
     static int32 bias could not stand in front of it: such layers are left.
     """
 

@@ -1,4 +1,4 @@
-"""A tiny BERT with outlier channels, its float ONNX export and its compiled folders: each made once a session."""
+"""A tiny BERT with outlier channels, its float ONNX export and its compiled folders, and tiny decoders: made once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from scalefold.compiler import CompileReport, compile_model
 from scalefold.compiler.calibrate import default_texts
 from scalefold.compiler.export import export_model
+from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Array, Feed
+from scalefold.passes import NORMALIZE
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = 200
@@ -181,3 +185,48 @@ def cli(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., subproce
         return subprocess.CompletedProcess(["scalefold", *words], code, **texts)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def decoder_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A float export of each family of decoders, 2 layers of width 64 with random weights, by family."""
+    import torch
+    import transformers as hf
+
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 200}
+    torch.manual_seed(5)
+    sources: dict[str, Any] = {
+        "gpt2": hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=200, n_positions=64)),
+        "opt": hf.OPTForCausalLM(
+            hf.OPTConfig(**small, ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=64)
+        ),
+        "bloom": hf.BloomForCausalLM(hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=200)),
+        "llama": hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                **small,
+                intermediate_size=96,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                tie_word_embeddings=True,
+            )
+        ),
+    }
+    folders = {}
+    for family, model in sources.items():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.ndim == 1 else 0.0
+            parameter.data += spread * torch.randn_like(parameter) if "embed" not in name else 0.0
+        folders[family] = tmp_path_factory.mktemp(family)
+        export_model(model, folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def decoder_models(decoder_folders: dict[str, Path]) -> dict[str, ir.Model]:
+    """The float decoders in normal form; clone before editing."""
+    graphs = {}
+    for family, folder in decoder_folders.items():
+        graphs[family] = read_onnx(folder / "model.onnx")
+        for entry in NORMALIZE:
+            entry.run(graphs[family], Context())
+    return graphs

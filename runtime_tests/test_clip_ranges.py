@@ -204,8 +204,8 @@ def test_beside_per_token_layers_the_static_ones_are_clipped() -> None:
 
 
 def test_a_quotient_of_the_model_itself_is_clipped() -> None:
-    # The mean of the magnitudes, not their maximum: it does not bound the quotient.
-    own = "a = Abs(x)  m = ReduceMean<keepdims = 1>(a)  n = Max(m, top)  u = Div(x, n)"
+    # From the mean, not the minimum: nothing keeps the quotient within [0, 1].
+    own = "a = ReduceMean<keepdims = 1>(x)  o = Sub(x, a)  n = Max(a, top)  u = Div(o, n)"
     before = head(WIDE) + f"{{ {own} {QDQ.replace('QuantizeLinear(x', 'QuantizeLinear(u')} }}"
     plain = parse(before.replace("q = QuantizeLinear(u, s, z)  r = DequantizeLinear(q, s, z)", "r = Identity(u)"))
     result = check_pass(ClipRanges(), before=before, feeds=CALM, context=context_on(plain, CALM))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from scalefold.compiler import generate
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.generate import CachedSession, Generator, Sampling, chooser
@@ -243,10 +243,7 @@ def test_options_out_of_range_are_one_error(sampling: Sampling, message: str) ->
 
 
 def test_sampling_without_transformers_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name=name)
-
-    monkeypatch.setattr(generate.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "torch", None)
     chooser(Sampling())
     with pytest.raises(
         SourceError, match=r"sampling needs the package torch; pip install 'scalefold\[hf\]', or take the"

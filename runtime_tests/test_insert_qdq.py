@@ -104,13 +104,19 @@ def test_without_calibration_the_error_says_what_is_missing() -> None:
 
 ROWS_HEAD = """<ir_version: 10, opset_import: ["" : %d]>
 model (float[b, s, 4] x) => (float[b, s, 3] y)
-<int8[4, 3] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8, 64, 7, -99}, float[3] scales = {0.01, 0.02, 0.01},
- float[3] c = {0.5, -1.0, 0.25}, float[4, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0},
+<int8[4, 3] codes = {100, 2, 33, -47, -5, 90, 11, 90, -8, 64, 7, -99}, float[3] scales = {0.01, 0.02, 0.01},
+ float[3] c = {0.5, -1.0, 0.25}, float[3] k = {1.28, 1.88, 0.16},
+ float[4, 3] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0},
  int64[1] axes = {-1}, float tiny = {%s}, float t = {%s}, uint8 m = {%d}, float s = {1.0}, uint8 z = {51}>
 """
 TOKEN = InsertQdq(granularity="per-token")
-UNIT_ROWS = "a = Abs(x)  l = ReduceMax(a, axes)  r = Max(l, tiny)  u = Div(x, r) "
-ROWS = UNIT_ROWS + "q = QuantizeLinear(u, t, m)  v = DequantizeLinear(q, t, m)"
+ROWS = """a = ReduceMin(x, axes)  l = ReduceMax(x, axes)  n = Sub(l, a)  r = Max(n, tiny)  o = Sub(x, a)  u = Div(o, r)
+          q = QuantizeLinear(u, t, m)  v = DequantizeLinear(q, t, m)"""
+
+
+def restored(product: str, out: str) -> str:
+    """What gives the rows of `product` their range back; k are the sums of the columns of the weight."""
+    return f"{product}0 = Mul({product}, r)  {product}1 = Mul(a, k)  {out} = Add({product}0, {product}1)"
 
 
 def rows_head(bits: int = 8, opset: int = 20) -> str:
@@ -125,15 +131,13 @@ def spread_rows(seed: int = 0) -> Array:
     return np.asarray(rows, dtype=np.float32)
 
 
-@pytest.mark.parametrize(("bits", "step", "middle"), [(8, 1 / 127, 128), (6, 1 / 31, 32), (4, 1 / 7, 8), (2, 1, 2)])
-def test_per_token_each_row_is_divided_by_its_largest_magnitude_and_rescaled(
-    bits: int, step: float, middle: int
-) -> None:
+@pytest.mark.parametrize(("bits", "step", "middle"), [(8, 1 / 255, 0), (6, 1 / 63, 0), (4, 1 / 15, 0), (2, 1 / 3, 0)])
+def test_per_token_each_row_is_brought_to_its_range_and_back(bits: int, step: float, middle: int) -> None:
     head = ROWS_HEAD % (20, repr(schemes.SMALLEST_SCALE), repr(step), middle)
     result = check_pass(
         InsertQdq(bits, "per-token"),
         before=head + f"{{ {WEIGHT} [fc] p = MatMul(x, d)  y = Add(p, c) }}",
-        after=head + f"{{ {WEIGHT} {ROWS} [fc] p = MatMul(v, d)  o = Mul(p, r)  y = Add(o, c) }}",
+        after=head + f"{{ {WEIGHT} {ROWS} [fc] p = MatMul(v, d)  {restored('p', 'h')}  y = Add(h, c) }}",
         feeds=[{"x": spread_rows()}],
     )
     assert [(event.where, event.reason) for event in result.rewrites] == [("fc", f"uint{bits} per token, 1 readers")]
@@ -143,7 +147,7 @@ def test_per_token_needs_no_calibration() -> None:
     check_pass(
         TOKEN,
         before=rows_head() + f"{{ {WEIGHT} [fc] y = MatMul(x, d) }}",
-        after=rows_head() + f"{{ {WEIGHT} {ROWS} [fc] p = MatMul(v, d)  y = Mul(p, r) }}",
+        after=rows_head() + f"{{ {WEIGHT} {ROWS} [fc] p = MatMul(v, d)  {restored('p', 'y')} }}",
         feeds=[{"x": spread_rows()}],
         context=Context(),
     )
@@ -154,8 +158,8 @@ def test_before_opset_18_the_axis_is_an_attribute() -> None:
         TOKEN,
         before=rows_head(opset=17) + f"{{ {WEIGHT} [fc] y = MatMul(x, d) }}",
         after=rows_head(opset=17)
-        + f"{{ {WEIGHT} {ROWS.replace('ReduceMax(a, axes)', 'ReduceMax<axes = [-1]>(a)')}"
-        + "[fc] p = MatMul(v, d)  y = Mul(p, r) }",
+        + f"{{ {WEIGHT} {ROWS.replace('(x, axes)', '<axes = [-1]>(x)')}"
+        + f"[fc] p = MatMul(v, d)  {restored('p', 'y')} }}",
         feeds=[{"x": spread_rows()}],
     )
 
@@ -166,8 +170,8 @@ def test_per_token_layers_that_read_one_value_share_its_rows() -> None:
         TOKEN,
         before=rows_head() + f"{{ {WEIGHT} [first] f = MatMul(x, d)  {second} g = MatMul(x, e)  y = Sub(f, g) }}",
         after=rows_head()
-        + f"""{{ {WEIGHT} {ROWS} [first] h = MatMul(v, d)  f = Mul(h, r)  {second} i = MatMul(v, e)  g = Mul(i, r)
-                 y = Sub(f, g) }}""",
+        + f"""{{ {WEIGHT} {ROWS} [first] h = MatMul(v, d)  {restored("h", "f")}  {second} i = MatMul(v, e)
+                 {restored("i", "g")}  y = Sub(f, g) }}""",
         feeds=[{"x": spread_rows()}],
     )
     assert [event.reason for event in result.rewrites] == ["uint8 per token, 2 readers"]
@@ -180,8 +184,8 @@ def test_a_value_that_layers_of_both_kinds_read_gets_both_quantizers() -> None:
         InsertQdq(per_token=("^second$",)),
         before=rows_head() + f"{{ {WEIGHT} [first] f = MatMul(x, d)  {second} g = MatMul(x, e)  y = Add(f, g) }}",
         after=rows_head()
-        + f"""{{ {WEIGHT} k = QuantizeLinear(x, s, z)  j = DequantizeLinear(k, s, z)  [first] f = MatMul(j, d)
-                 e = DequantizeLinear<axis = 1>(codes, scales) {ROWS} [second] i = MatMul(v, e)  g = Mul(i, r)
+        + f"""{{ {WEIGHT} kq = QuantizeLinear(x, s, z)  j = DequantizeLinear(kq, s, z)  [first] f = MatMul(j, d)
+                 e = DequantizeLinear<axis = 1>(codes, scales) {ROWS} [second] i = MatMul(v, e)  {restored("i", "g")}
                  y = Add(f, g) }}""",
         feeds=[feed],
     )
@@ -190,7 +194,7 @@ def test_a_value_that_layers_of_both_kinds_read_gets_both_quantizers() -> None:
 
 SQUARE = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, s, 3] x) => (float[b, s, 3] y)
-<int8[3, 3] codes = {100, 2, 33, -47, -5, 127, 11, 90, -8}, float[3] scales = {0.01, 0.02, 0.01}>
+<int8[3, 3] codes = {100, 2, 33, -47, -5, 90, 11, 90, -8}, float[3] scales = {0.01, 0.02, 0.01}>
 { d = DequantizeLinear<axis = 1>(codes, scales)  [first] h = MatMul(x, d)
   e = DequantizeLinear<axis = 1>(codes, scales)  [second] y = MatMul(h, e) }"""
 
@@ -203,9 +207,9 @@ def test_a_layer_right_behind_another_reads_its_rescaled_rows(named: tuple[str, 
 def test_layers_keep_the_names_of_their_outputs() -> None:
     model = parse(SQUARE)
     TOKEN.run(model, Context())
-    assert [(node.name, node.outputs[0].name) for node in model.graph if node.op_type == "Mul"] == [
-        ("first.rescale", "h"),
-        ("second.rescale", "y"),
+    assert [(node.name, node.outputs[0].name) for node in model.graph if node.op_type == "Add"] == [
+        ("first.restore_rows", "h"),
+        ("second.restore_rows", "y"),
     ]
 
 
@@ -226,7 +230,7 @@ def test_a_gemm_cannot_be_per_token() -> None:
     before = flat + f"{{ {WEIGHT} [odd] y = Gemm(x, d, c) }}"
     result = check_pass(TOKEN, before=before, after=before, feeds=[{"x": spread_rows()[0]}])
     assert [(event.where, event.reason) for event in result.declined] == [
-        ("odd", "its rows cannot be rescaled before its bias: not in normal form")
+        ("odd", "its rows cannot be restored before its bias: not in normal form")
     ]
 
 
@@ -254,31 +258,66 @@ def test_a_row_gets_the_same_bits_alone_and_beside_any_other(rows_session: tuple
         np.testing.assert_array_equal(y[index], alone[0][0])
 
 
-def test_codes_use_the_bits_and_no_more(rows_session: tuple[int, Session]) -> None:
+def test_codes_use_all_that_the_bits_hold_and_no_more(rows_session: tuple[int, Session]) -> None:
     bits, _ = rows_session
     rows = np.concatenate([spread_rows(seed) for seed in range(40)])
     codes = run_rows(rows_session, rows)[1]
-    assert (codes.min(), codes.max()) == (1, 2**bits - 1)
-    ends = np.where(np.take_along_axis(rows, np.abs(rows).argmax(-1)[..., None], -1) > 0, 2**bits - 1, 1)
-    np.testing.assert_array_equal(np.take_along_axis(codes, np.abs(rows).argmax(-1)[..., None], -1), ends)
+    assert (codes.min(axis=-1) == 0).all()
+    assert (codes.max(axis=-1) == 2**bits - 1).all()
 
 
 def test_a_row_of_zeros_is_the_bias_exactly(rows_session: tuple[int, Session]) -> None:
     y, codes = run_rows(rows_session, np.stack([np.zeros((1, 4)), np.full((1, 4), 3385.0)]))
     assert y[0, 0].tolist() == [0.5, -1.0, 0.25]
-    assert (codes[0] == schemes.row_grid(rows_session[0]).zero_point).all()
+    assert not codes.any()
+    np.testing.assert_allclose(y[1, 0], 3385 * np.array([1.28, 1.88, 0.16]) + [0.5, -1.0, 0.25], rtol=1e-6)
 
 
 def test_a_massive_row_leaves_the_small_one_its_precision() -> None:
     small = np.array([[1.0, -0.5, 0.25, 0.75]], np.float32)
     massive = np.array([[3385.0, 1.0, -2.0, 0.5]], np.float32)
     model = parse(rows_head() + f"{{ {WEIGHT} [fc] y = MatMul(x, d) }}")
-    wanted = Session(model).run({"x": np.stack([small, massive])})["y"]
+    wanted = Session(model, optimize=False).run({"x": np.stack([small, massive])})["y"]
     TOKEN.run(model, Context())
     got = Session(model).run({"x": np.stack([small, massive])})["y"]
-    # Each entry of a row is off by at most half a step of that row, r / 254, and columns of weights sum up to 2.36.
-    limits = np.abs([small, massive]).max(axis=-1, keepdims=True) / 254 * 2.5
+    # Each entry of a row is off by at most half a step of that row, its span / 510, and columns' magnitudes sum up to 2.3.
+    limits = np.ptp([small, massive], axis=-1, keepdims=True) / 510 * 2.4
     assert (np.abs(got - wanted) <= limits).all()
+
+
+def test_rows_far_from_zero_are_as_precise_as_their_span_allows() -> None:
+    rows = 5 + np.random.default_rng(2).uniform(0, 0.1, (2, 6, 4)).astype(np.float32)
+    model = parse(rows_head() + f"{{ {WEIGHT} [fc] y = MatMul(x, d) }}")
+    wanted = Session(model, optimize=False).run({"x": rows})["y"]
+    TOKEN.run(model, Context())
+    assert np.abs(Session(model).run({"x": rows})["y"] - wanted).max() <= 0.1 / 510 * 2.4 + 1e-5
+
+
+@pytest.mark.parametrize(
+    "weight",
+    ["DequantizeLinear<axis = 0>(codes, rows)", "DequantizeLinear<axis = 1>(codes, scales, zeros)"],
+    ids=["a scale for each row", "a zero point"],
+)
+def test_a_weight_that_is_not_per_column_cannot_be_per_token(weight: str) -> None:
+    head = rows_head().replace(
+        "int64[1] axes", "float[4] rows = {1.0, 2.0, 3.0, 4.0}, int8[3] zeros = {1, 2, 0}, int64[1] axes"
+    )
+    before = head + f"{{ d = {weight} [odd] y = MatMul(x, d) }}"
+    result = check_pass(TOKEN, before=before, after=before, feeds=[{"x": spread_rows()}])
+    assert [(event.where, event.reason) for event in result.declined] == [
+        ("odd", "its weight is not int8 per column with zero point 0")
+    ]
+
+
+@pytest.mark.parametrize("weight", ["DequantizeLinear(codes, s)", "DequantizeLinear<axis = 1>(t0, scales)"])
+def test_other_forms_of_a_weight_are_restored_by_sums_of_their_own(weight: str) -> None:
+    turned = "t0 = Transpose(turned)"
+    head = rows_head().replace(
+        "int64[1] axes", "int8[3, 4] turned = {100, -47, 11, 64, 2, -5, 90, 7, 33, 90, -8, -99}, int64[1] axes"
+    )
+    check_pass(
+        TOKEN, before=head + f"{{ {turned} d = {weight} [fc] y = MatMul(x, d) }}", feeds=[{"x": spread_rows() + 1}]
+    )
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e30])

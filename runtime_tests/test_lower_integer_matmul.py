@@ -108,15 +108,17 @@ def test_an_activation_with_a_scale_for_each_channel_stays_the_same_function() -
 ROW_TEXT = HEAD.replace("uint8[b, s, 2] q", "float[b, s, 2] f").replace(
     "float s = {0.5}", "int64[1] axes = {-1}, float s = {0.5}"
 )
-ROWS = "a = Abs(f)  l = ReduceMax(a, axes)  r = Max(l, number)  u = Div(f, r)  q = QuantizeLinear(u, s, z)"
-"""Rows of a float input, each divided by its largest magnitude; `number` is that of rows of zeros."""
+ROWS = """a = ReduceMin(f, axes)  l = ReduceMax(f, axes)  n = Sub(l, a)  r = Max(n, number)  b = Sub(f, a)  u = Div(b, r)
+          q = QuantizeLinear(u, s, z)"""
+"""Rows of a float input, each brought to [0, 1]; `number` is the least span."""
+RESTORED = "m = Mul(p, r)  v = Mul(a, c)  h = Add(m, v)"
 
 
-def test_a_per_token_layer_keeps_its_rescale_and_its_bias() -> None:
+def test_a_per_token_layer_keeps_what_restores_its_rows_and_its_bias() -> None:
     result = check_pass(
         LowerIntegerMatmul(),
-        before=ROW_TEXT + f"{{ {ROWS} {X} {W} [fc] p = MatMul(x, d)  h = Mul(p, r)  y = Add(h, c) }}",
-        after=ROW_TEXT + f"{{ {ROWS} p = {FUSED})  h = Mul(p, r)  y = Add(h, c) }}",
+        before=ROW_TEXT + f"{{ {ROWS} {X} {W} [fc] p = MatMul(x, d)  {RESTORED}  y = Add(h, c) }}",
+        after=ROW_TEXT + f"{{ {ROWS} p = {FUSED})  {RESTORED}  y = Add(h, c) }}",
     )
     assert [(event.where, event.reason) for event in result.rewrites] == [("fc", "MatMulIntegerToFloat")]
 
@@ -125,11 +127,11 @@ def test_layers_of_both_kinds_on_one_value_are_each_lowered() -> None:
     check_pass(
         LowerIntegerMatmul(),
         before=ROW_TEXT
-        + f"""{{ {ROWS} {X} {W} p = MatMul(x, d)  h = Mul(p, r)
+        + f"""{{ {ROWS} {X} {W} p = MatMul(x, d)  {RESTORED}
                  i = QuantizeLinear(f, s, z)  j = DequantizeLinear(i, s, z)  e = DequantizeLinear<axis = 1>(codes, scales)
                  k = MatMul(j, e)  o = Add(k, c)  y = Add(h, o) }}""",
         after=ROW_TEXT
-        + f"""{{ {ROWS} p = {FUSED})  h = Mul(p, r)  i = QuantizeLinear(f, s, z)
+        + f"""{{ {ROWS} p = {FUSED})  {RESTORED}  i = QuantizeLinear(f, s, z)
                  o = {FUSED.replace("(q", "(i")}, , c)  y = Add(h, o) }}""",
     )
 

@@ -17,8 +17,9 @@ DYNAMIC = '<ir_version: 10, opset_import: ["" : 20]>\nmodel (uint8[b, s, 2] q) =
 PRODUCT = "x = DequantizeLinear(q, s, z)  d = DequantizeLinear<axis = 1>(codes, scales)  [fc] p = MatMul(x, d)"
 EXPLICIT = PRODUCT.replace("scales)", "scales, zeros)")
 """The same with the zero point of the weight written out."""
-ROWS = "a = Abs(f)  l = ReduceMax(a, axes)  r = Max(l, number)  u = Div(f, r)  q = QuantizeLinear(u, s, z)"
-"""Rows of a float input, each divided by its largest magnitude; `number` is that of rows of zeros."""
+ROWS = """a = ReduceMin(f, axes)  l = ReduceMax(f, axes)  n = Sub(l, a)  r = Max(n, number)  b = Sub(f, a)  u = Div(b, r)
+          q = QuantizeLinear(u, s, z)"""
+"""Rows of a float input, each brought to [0, 1]; `number` is the least span."""
 BIAS = "k = DequantizeLinear<axis = 0>(bias_codes, steps)"
 
 
@@ -55,7 +56,9 @@ def test_a_bias_that_another_node_reads_too_stays_for_it() -> None:
         pytest.param(FLAT + f"{{ {PRODUCT} y = Identity(p) }}", id="no bias"),
         pytest.param(FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, p) }}", id="a product read elsewhere"),
         pytest.param(
-            (FLAT + f"{{ {ROWS} {PRODUCT} h = Mul(p, r)  y = Add(h, c) }}").replace("uint8[m, 2] q", "float[m, 2] f"),
+            (FLAT + f"{{ {ROWS} {PRODUCT} o = Mul(p, r)  e = Mul(a, c)  h = Add(o, e)  y = Add(h, c) }}").replace(
+                "uint8[m, 2] q", "float[m, 2] f"
+            ),
             id="a per-token product",
         ),
     ],

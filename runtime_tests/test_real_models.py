@@ -1,4 +1,4 @@
-"""The reference models that come out of packages: their readers on small files made here, and, where `slow`, the real ones."""
+"""Reference models that come out of packages: their readers on small files made here and, where slow, the real ones."""
 
 from __future__ import annotations
 

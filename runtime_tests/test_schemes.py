@@ -104,14 +104,22 @@ def test_the_widest_range_of_float32_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_the_grid_of_a_row_is_symmetric_and_never_needs_its_ends_clipped(bits: int) -> None:
+def test_the_grid_of_a_row_reaches_from_0_to_1_and_never_needs_its_ends_clipped(bits: int) -> None:
     grid = schemes.row_grid(bits)
-    assert grid.quantize(np.array([-1, 0, 1], np.float32)).tolist() == [1, 2 ** (bits - 1), 2**bits - 1]
-    np.testing.assert_allclose(grid.round_trip(np.array([-1, 0, 1], np.float32)), [-1, 0, 1], rtol=1e-6)
+    assert grid.quantize(np.array([0, 1], np.float32)).tolist() == [0, 2**bits - 1]
+    np.testing.assert_allclose(grid.round_trip(np.array([0, 1], np.float32)), [0, 1], rtol=1e-6)
     rows = GENERATOR.standard_normal((500, 7)).astype(np.float32)
-    unit = rows / np.abs(rows).max(axis=1, keepdims=True)
-    codes = np.rint(unit / np.float32(grid.scale)) + grid.zero_point
-    assert (codes.min(), codes.max()) == (1, grid.largest_code)
+    low = rows.min(axis=1, keepdims=True)
+    codes = np.rint((rows - low) / (rows.max(axis=1, keepdims=True) - low) / np.float32(grid.scale))
+    assert (codes.min(), codes.max()) == (0, grid.largest_code)
+
+
+def test_column_sums_are_those_of_the_weight_the_graph_sees() -> None:
+    weight = GENERATOR.standard_normal((600, 9)).astype(np.float32)
+    scales = schemes.column_scales(weight)
+    found = schemes.column_sums(schemes.weight_codes(weight, scales), scales)
+    expected = schemes.weight_round_trip(weight).sum(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(2, 1), (3, 3), (4, 7), (5, 15), (6, 31), (7, 63), (8, 127)])

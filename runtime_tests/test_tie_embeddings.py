@@ -6,12 +6,14 @@ import pytest
 
 from scalefold.compiler import graph
 from scalefold.compiler.protocol import Context
-from scalefold.compiler.runtime import Session
+from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.testing import check_pass
 from scalefold.passes.tie_embeddings import TieEmbeddings
 
 V, H = 12, 4
-FEEDS = [{"ids": np.arange(12).reshape(2, 6), "x": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 6, 4)}]
+FEEDS: list[Feed] = [
+    {"ids": np.arange(12).reshape(2, 6), "x": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 6, 4)}
+]
 
 
 def tied(factors: float = 1.0, noise: float = 0.0) -> ir.Model:

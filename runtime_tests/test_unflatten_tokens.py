@@ -46,7 +46,8 @@ def test_a_residual_inside_the_region_stays_one() -> None:
             "  a = Add(m, r)  q = MatMul(a, w)  y = Reshape(q, parted)"
         ),
         after=HEAD
-        + "{ n = LayerNormalization<axis = -1>(x, gain, v)  p = MatMul(n, u)  r = Relu(p)  a = Add(x, r)  y = MatMul(a, w) }",
+        + "{ n = LayerNormalization<axis = -1>(x, gain, v)  p = MatMul(n, u)  r = Relu(p)"
+        "  a = Add(x, r)  y = MatMul(a, w) }",
         feeds=FEED,
     )
 

@@ -36,9 +36,10 @@ def saved(folder: Path, body: str, shape: str = "b, t, 4", out: str | None = Non
     return path
 
 
-ROWS = """a = Abs(x)  l = ReduceMax(a, axes)  r = Max(l, s)  u = Div(x, r)
+ROWS = """a = ReduceMin(x, axes)  l = ReduceMax(x, axes)  n = Sub(l, a)  r = Max(n, s)  k = Sub(x, a)  u = Div(k, r)
     q = QuantizeLinear(u, s, z)  d = DequantizeLinear(q, s, z)"""
-PER_TOKEN = f"{ROWS} {WEIGHT} p = MatMul(d, wd)  o = Mul(p, r)  y = Add(o, b)"
+RESTORED = "m = Mul(p, r)  v = Mul(a, b)"
+PER_TOKEN = f"{ROWS} {WEIGHT} p = MatMul(d, wd) {RESTORED} o = Add(m, v)  y = Add(o, b)"
 
 SOUND = {
     "three dynamic dimensions and a float bias": (
@@ -103,7 +104,7 @@ def test_a_head_that_shares_the_codes_of_the_embedding_table_is_a_layer_of_its_o
      int8[6, 4] w = {{1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8, 1, 2, 3, 4, 5, 6, 7, 8}}>
     {{ g = Gather(w, ids)  i = Cast<to = 1>(g)  j = Gather(rows, ids)  x = Mul(i, j)  {quantize}
        t = Transpose(w)  wd = DequantizeLinear<axis = 1>(t, ws)  p = MatMul(d, wd)
-       {"y = Mul(p, r)" if quantize is ROWS else "y = Identity(p)"} }}"""
+       {"m = Mul(p, r)  v = Mul(a, ws)  y = Add(m, v)" if quantize is ROWS else "y = Identity(p)"} }}"""
     model = ir.from_onnx_text(text)
     graph.nodes(model, "MatMul")[0].name = "lm_head"
     ir.save(model, tmp_path / "model.onnx")
@@ -121,8 +122,10 @@ FUSED = "MatMulIntegerToFloat(q, w, s, ws, z"
         pytest.param(SOUND["three dynamic dimensions and a float bias"][0], "per-tensor", id="static"),
         pytest.param(f"q = QuantizeLinear(x, s, z)  y = com.microsoft.{FUSED})", "per-tensor", id="static and fused"),
         pytest.param(PER_TOKEN, "per-token", id="per token"),
-        pytest.param(f"{ROWS} p = com.microsoft.{FUSED})  y = Mul(p, r)", "per-token", id="per token and fused"),
-        pytest.param(f"{ROWS} p = com.microsoft.{FUSED})  y = Mul(p, s)", "per-tensor", id="never rescaled"),
+        pytest.param(
+            f"{ROWS} p = com.microsoft.{FUSED}) {RESTORED} y = Add(m, v)", "per-token", id="per token and fused"
+        ),
+        pytest.param(f"{ROWS} p = com.microsoft.{FUSED})  y = Mul(p, r)", "per-tensor", id="never restored"),
         pytest.param("y = com.microsoft.DynamicQuantizeMatMul(x, w, ws)", "per-tensor", id="dynamic per tensor"),
         pytest.param(f"{WEIGHT} y = MatMul(x, wd)", "float", id="float"),
     ],
@@ -328,7 +331,7 @@ def test_codes_stored_as_rows_are_checked_as_columns(codes: tuple[int, int], sat
     assert verify.saturating_layers(model) == (["lm_head"] if saturates else [])
 
 
-def test_the_sqnr_of_a_per_token_layer_is_that_of_its_rescaled_output() -> None:
+def test_the_sqnr_of_a_per_token_layer_is_that_of_its_restored_output() -> None:
     text = """<ir_version: 10, opset_import: ["" : 20]>
     model (float[b, t, 3] x) => (float[b, t, 3] y)
     <float[3, 3] w = {0.5, -1.0, 2.0, 1.0, 0.25, -0.5, 1.5, 2.0, -1.0}, float[3] c = {1.0, -2.0, 0.5}>

@@ -11,9 +11,10 @@ import onnx_ir as ir
 from scalefold.compiler.calibrate import Calibration, calibration_from, collect
 from scalefold.compiler.driver import open_source
 from scalefold.compiler.protocol import Context
+from scalefold.compiler.sites import find_sites
 from scalefold.compiler.stats import ChannelRange
 from scalefold.models import minilm
-from scalefold.passes.migrate_outliers import MigrateOutliers, find_sites
+from scalefold.passes.migrate_outliers import MigrateOutliers
 
 WIDTH, HEIGHT, LEFT, TOP = 760, 240, 50, 46
 

@@ -1,0 +1,233 @@
+"""Fit each activation of a decoder: the range it is clipped to, and a range per token where no static one will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from scalefold.compiler import graph, schemes
+from scalefold.compiler.calibrate import padding_mask, rows_of
+from scalefold.compiler.decoder import LOGITS, divergence, is_decoder
+from scalefold.compiler.facts import Fact, row_range, weight_array, weight_dequantizer
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.runtime import Session
+from scalefold.compiler.schemes import Affine, Float
+from scalefold.compiler.stats import TokenRange
+from scalefold.passes.clip_ranges import current_grid, set_grid, source_of
+from scalefold.passes.insert_qdq import quantize_rows
+
+SHARES = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Shares of tokens whose extremes may be clipped, tried at every quantizer beside the range of all calibration samples."""
+
+PROBES = 32
+"""Random directions that the error of a product is looked at along; its square is kept in expectation."""
+
+FITTED = "scalefold.fit-activations"
+"""Marks a quantizer in memory: behind fitted layers a second search sees other activations, and never settles."""
+
+
+@dataclass
+class _Quantizer:
+    """A static quantizer, the layers behind it, and the squared errors that candidates make in their products."""
+
+    node: ir.Node
+    x: ir.Value
+    readers: list[ir.Node]
+    weight: Float
+    grids: list[Affine] = field(default_factory=list)
+    errors: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    error_per_token: float = 0.0
+    power: float = 1e-30
+
+    @property
+    def operations(self) -> int:
+        """Multiply-adds per token."""
+        return sum(int(np.prod(_shape(reader))) for reader in self.readers)
+
+    def least(self) -> float:
+        """Squared error of the best static grid, relative to the product's power."""
+        return float(self.errors.min()) / self.power
+
+
+@dataclass(frozen=True)
+class FitActivations:
+    """Choose clipped ranges by the error of each layer's product, and per-token ranges by the error of the logits.
+
+    before:  MatMul(dq(QuantizeLinear(x, s, z)), dq(W))      s, z from the extremes of all tokens
+    after:   the same with s', z' from the quantiles of the tokens' extremes; or, where that is not enough,
+             MatMul(dq(QuantizeLinear((x - m) / r)), dq(W)) * r + m c, per token (see insert-qdq)
+
+    x is [..., K], W [K, N]. A range is chosen by the least |(Q(x) - x) W|^2, estimated along random directions
+    (Johnson and Lindenstrauss 1984), which costs a small part of a product. Then, while the logits diverge from the float
+    model's by more than the target, the layers whose products lose most get a range per token, worst first and twice as
+    many at each step, within the share of multiply-adds that may be so.
+
+    Attributes:
+        bits: bits of the activations.
+        target: Kullback-Leibler divergence of the logits, in nats per token, that is good enough; None never turns to
+            ranges per token.
+        per_token_share: largest share of the linear multiply-adds that may get a range per token.
+    """
+
+    name: ClassVar[str] = "fit-activations"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QDQ})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    bits: int = 8
+    target: float | None = None
+    per_token_share: float = 0.25
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Fit every static quantizer of a decoder; another model is left alone."""
+        quantizers = _static_quantizers(model) if is_decoder(model) else []
+        if not quantizers:
+            return PassResult()
+        self._judge(model, quantizers, ctx)
+        rewrites, declined = self._clip(model, quantizers)
+        if self.target is not None:
+            rewrites += self._relax(model, quantizers, ctx, self.target)
+        return PassResult(tuple(rewrites), tuple(declined))
+
+    def _judge(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context) -> None:
+        """Fill in each quantizer's candidates and their errors."""
+        session = Session(model, outputs=list(dict.fromkeys(entry.x.name or "" for entry in quantizers)))
+        ranges = {entry.x.name or "": TokenRange() for entry in quantizers}
+        with ctx.progress("fitting activations", 2 * len(ctx.search)) as advance:
+            for sample, feed in enumerate(ctx.search):
+                for name, array in session.run(feed).items():
+                    ranges[name].update(rows_of(array, padding_mask(feed)), sample)
+                advance()
+            for entry in quantizers:
+                seen = ranges[entry.x.name or ""]
+                clipped = [schemes.activation_grid(*seen.quantiles(1 - share), self.bits) for share in SHARES]
+                entry.grids = list(dict.fromkeys([current_grid(entry.node, self.bits), *clipped]))
+                entry.errors = np.zeros(len(entry.grids))
+            for feed in ctx.search:
+                found = session.run(feed)
+                for entry in quantizers:
+                    self._add_errors(entry, rows_of(found[entry.x.name or ""], padding_mask(feed)))
+                advance()
+
+    def _add_errors(self, entry: _Quantizer, rows: Float) -> None:
+        entry.power += float(np.square(rows @ entry.weight, dtype=np.float64).sum())
+        for index, grid in enumerate(entry.grids):
+            error = (grid.round_trip(rows) - rows) @ entry.weight
+            entry.errors[index] += float(np.square(error, dtype=np.float64).sum())
+        error = (schemes.round_trip_rows(rows, self.bits) - rows) @ entry.weight
+        entry.error_per_token += float(np.square(error, dtype=np.float64).sum())
+
+    def _clip(self, model: ir.Model, quantizers: Sequence[_Quantizer]) -> tuple[list[Event], list[Event]]:
+        rewrites, declined = [], []
+        for entry in quantizers:
+            entry.node.meta[FITTED] = True
+            best = int(np.argmin(entry.errors))
+            figures = {
+                "sqnr_db": _decibels(entry.least()),
+                "sqnr_db_unclipped": _decibels(entry.errors[0] / entry.power),
+            }
+            if best == 0:
+                declined.append(Event(entry.readers[0], "best as it is", figures))
+                continue
+            set_grid(model, entry.node, entry.grids[best])
+            figures |= {"low": entry.grids[best].low, "high": entry.grids[best].high}
+            rewrites.append(Event(entry.readers[0], "clipped", figures))
+        return rewrites, declined
+
+    def _relax(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context, target: float) -> list[Event]:
+        """Give ranges per token to the layers that lose most, until the logits are close enough."""
+        allowed = self.per_token_share * _all_operations(model)
+        gaining = [entry for entry in quantizers if entry.error_per_token < 0.5 * entry.errors.min()]
+        waiting = sorted(gaining, key=lambda entry: -entry.least())
+        found = _logit_divergence(model, ctx)
+        events: list[Event] = []
+        step = max(1, len(quantizers) // 32)
+        with ctx.progress("choosing layers per token", len(waiting)) as advance:
+            while waiting and found > target:
+                chosen: list[_Quantizer] = []
+                while waiting and len(chosen) < step:
+                    entry = waiting.pop(0)
+                    advance()
+                    if entry.operations <= allowed:
+                        allowed -= entry.operations
+                        chosen.append(entry)
+                for entry in chosen:
+                    events.append(self._per_token(model, entry, found))
+                found = _logit_divergence(model, ctx) if chosen else found
+                step *= 2
+        return events
+
+    def _per_token(self, model: ir.Model, entry: _Quantizer, before: float) -> Event:
+        for reader in entry.readers:
+            reader.replace_input_with(0, entry.x)
+        quantize_rows(model, entry.readers, self.bits)
+        graph.sweep(model)
+        figures = {
+            "sqnr_db_static": _decibels(entry.least()),
+            "sqnr_db": _decibels(entry.error_per_token / entry.power),
+            "divergence_before": before,
+        }
+        return Event(entry.readers[0], "no static range holds it: per token", figures)
+
+
+def _static_quantizers(model: ir.Model) -> list[_Quantizer]:
+    found = []
+    rng = np.random.default_rng(0)
+    for node in graph.nodes(model, "QuantizeLinear"):
+        if row_range(node) is not None or FITTED in node.meta or graph.constant(node.inputs[1]) is None:
+            continue
+        readers = [
+            reader
+            for dequantize in graph.consumers(node.outputs[0])
+            for reader in graph.consumers(dequantize.outputs[0])
+            if reader.op_type == "MatMul" and weight_dequantizer(reader) is not None
+        ]
+        if readers:
+            weight = np.concatenate([_probed(reader, rng) for reader in readers], axis=1)
+            found.append(_Quantizer(node, source_of(node), readers, weight))
+    return found
+
+
+def _probed(matmul: ir.Node, rng: np.random.Generator) -> Float:
+    """The layer's weight along random directions, [K, PROBES]."""
+    dequantize = weight_dequantizer(matmul)
+    assert dequantize is not None
+    codes, scales = weight_array(dequantize.inputs[0]), graph.constant(dequantize.inputs[1])
+    assert codes is not None and scales is not None
+    probes = rng.choice(np.array([-1, 1], dtype=np.float32), (codes.shape[1], PROBES)) / np.float32(PROBES**0.5)
+    return np.asarray(codes.astype(np.float32) @ (probes * np.asarray(scales).reshape(-1, 1)), dtype=np.float32)
+
+
+def _shape(matmul: ir.Node) -> tuple[int, ...]:
+    dequantize = weight_dequantizer(matmul)
+    assert dequantize is not None
+    return graph.whole_shape(dequantize.outputs[0])
+
+
+def _all_operations(model: ir.Model) -> int:
+    return sum(
+        int(np.prod(_shape(node))) for node in graph.nodes(model, "MatMul") if weight_dequantizer(node) is not None
+    )
+
+
+def _logit_divergence(model: ir.Model, ctx: Context) -> float:
+    """Mean divergence of the logits from the float model's over the tokens of the search samples, in nats."""
+    session = Session(model, outputs=[LOGITS])
+
+    def parts() -> Iterable[tuple[float, int]]:
+        for feed, expected in zip(ctx.search, ctx.reference(), strict=True):
+            mask = padding_mask(feed)
+            wanted, got = rows_of(expected[LOGITS], mask), rows_of(session.run(feed)[LOGITS], mask)
+            yield divergence(wanted, got) * len(wanted), len(wanted)
+
+    sums = np.array(list(parts())).sum(axis=0)
+    return float(sums[0] / sums[1])
+
+
+def _decibels(ratio: float) -> float:
+    return -10 * float(np.log10(max(ratio, 1e-20)))
