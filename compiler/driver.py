@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.calibrate import Calibration
-from scalefold.compiler.decoder import cache_pairs, is_decoder
+from scalefold.compiler.decoder import cache_pairs, is_decoder, position_limit
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import clean, read_onnx
@@ -145,11 +146,7 @@ class _Source:
     @property
     def longest(self) -> int:
         """The longest sequence that the model's config has positions for; without bound where it does not say."""
-        try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            return int(config["max_position_embeddings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return sys.maxsize
+        return position_limit(self.folder) or sys.maxsize
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -206,7 +203,7 @@ def compile_model(
         planned = _planned(opened, plan, allow_float)
         if dry_run:
             return run.estimate(planned)
-        run.calibrate(calibration)
+        run.calibrate(_own_samples(source) if calibration is None else calibration)
         run.apply(pipeline.transform)
         run.apply(pipeline.quantize)
         run.compare_layers()
@@ -410,8 +407,9 @@ def _scratch(place: Path | None) -> Iterator[Path]:
 
 def _open(source: object, folder: Path, task: str | None, clock: _Clock, progress: Progress) -> _Source:
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
-    if isinstance(source, str) and source in reference_models():
-        source = importlib.import_module(f"scalefold.models.{source}").build()
+    if isinstance(source, str) and source in (builders := _reference_builders()):
+        module, function = builders[source]
+        source = getattr(module, function)()
     if isinstance(source, str | Path) and (str(source).endswith(".onnx") or Path(source).is_file()):
         with clock.stage("intake"):
             path = Path(source)
@@ -524,9 +522,27 @@ def _record(entry: Pass, result: PassResult) -> PassRecord:
 
 
 def reference_models() -> tuple[str, ...]:
-    """The names of the reference models that ship with the package."""
+    """The names of the reference models that ship with the package, `NAME-outliers` for those with planted outliers."""
+    return tuple(sorted(_reference_builders()))
+
+
+def _own_samples(source: object) -> list[str] | None:
+    """The texts that a reference model is calibrated on when none are given; None for the default text."""
+    known = _reference_builders()
+    texts: list[str] = known[source][0].samples() if isinstance(source, str) and source in known else []
+    return None if not texts or texts == calibrate.default_texts() else texts
+
+
+def _reference_builders() -> dict[str, tuple[ModuleType, str]]:
+    """For each reference model its module, and the function in it that gives its folder."""
     folder = Path(importlib.import_module("scalefold.models").__file__ or "").parent
-    return tuple(path.stem for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "wheels"))
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        module = importlib.import_module(f"scalefold.models.{path.stem}")
+        for function, suffix in (("build", ""), ("build_outliers", "-outliers")):
+            if hasattr(module, function):
+                found[path.stem.replace("_", "-") + suffix] = (module, function)
+    return found
 
 
 def peak_memory(who: int = resource.RUSAGE_SELF) -> int:

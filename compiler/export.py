@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,19 +133,32 @@ def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any, s
         task = task or task_of(config)
         if task not in TASKS:
             raise SourceError(f"there is no task {task!r}", where="--task", remedy=f"choose from {', '.join(TASKS)}")
-        model = getattr(transformers, TASKS[task]).from_pretrained(source).eval().float()
+        loader = getattr(transformers, TASKS[task])
+        model, loading = loader.from_pretrained(source, output_loading_info=True)
+        model = model.eval().float()
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
             f"no model can be loaded from it ({_first_line(error)})",
             where=source,
             remedy="check the spelling; give an existing folder, an .onnx file, or a hub id that can be reached",
         ) from error
+    if missing := _not_to_be_invented(loading["missing_keys"]):
+        raise SourceError(
+            f"the checkpoint lacks {len(missing)} of the weights that {task} needs, such as {missing[0]}",
+            where=source,
+            remedy="give the whole checkpoint, or --task for what it was trained on",
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         return model, None, task
     # A source without tokenizer files gives one that knows its special tokens alone, and would make a word of nothing.
     return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None, task
+
+
+def _not_to_be_invented(missing: Iterable[str]) -> list[str]:
+    """The missing weights that matter: a pooler that a checkpoint lacks is no part of its embeddings."""
+    return sorted(name for name in missing if "pooler." not in name)
 
 
 def task_of(config: Any) -> str:

@@ -478,7 +478,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "eval by an unknown metric": (
         ("eval", "out", "--data", "sts.csv", "--metric", "bleu"),
-        ("--metric: there is no metric 'bleu'", "choose sts or fidelity"),
+        ("--metric: there is no metric 'bleu'", "choose from sts, perplexity"),
     ),
     "eval of fidelity without a float model": (
         ("eval", "out", "--data", "text.onnx", "--metric", "fidelity"),

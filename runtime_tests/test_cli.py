@@ -20,7 +20,12 @@ OPTIONS = {
     ),
     "verify": ("--allow-float", "--json", "FOLDER"),
     "inspect": ("--json", "SOURCE"),
-    "eval": ("--data", "--metric", "--against", "--json", "FOLDER"),
+    "eval": (
+        "--data", "--metric", "--against", "--window", "--stride", "--windows", "--seed", "--json", "FOLDER",
+    ),
+    "generate": (
+        "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--json", "FOLDER",
+    ),
     "recipes": ("--json",),
 }  # fmt: skip
 
@@ -161,11 +166,12 @@ def test_inspect_shows_which_layers_of_a_compiled_model_are_integer(
 
 def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     shipped = {Path(str(entry)).stem for entry in files("scalefold.passes").iterdir() if str(entry).endswith(".yaml")}
-    assert shipped == {"w8a8", "w6a6", "w8a8-naive"}
+    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token"}
     done = cli("recipes")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in shipped)
-    assert "reference models: minilm" in done.stdout
+    listed = " ".join(done.stdout.split()).partition("reference models: ")[2].split(", ")
+    assert {"minilm", "rxnfp", "rxnmapper", "smollm2", "gpt2-tiny", "gpt2-tiny-outliers"} <= set(listed)
     facts = facts_of(cli("recipes", "--json"))
     assert set(facts) == shipped
     assert facts["w6a6"]["weights"] == {"bits": 6}

@@ -19,7 +19,7 @@ from scalefold.models import bloom_tiny, gpt2_tiny, opt_tiny, tiny
 
 DECODERS = {decoder.name: decoder for decoder in (gpt2_tiny.MODEL, opt_tiny.MODEL, bloom_tiny.MODEL)}
 WINDOW = 256
-SANE = {"prose": 250.0, "code": 180.0, "tables": 120.0}
+SANE = {"prose": 300.0, "code": 220.0, "tables": 150.0}
 """Perplexity per token of a model that has learned: an untrained one has 2048."""
 
 
@@ -124,7 +124,7 @@ def test_the_planted_variant_is_written_once(decoder: tiny.Decoder) -> None:
 
 
 def test_planted_outliers_ruin_one_static_range_per_tensor(decoder: tiny.Decoder, text: dict[str, list[str]]) -> None:
-    windows = windows_of(tokenizer_of(decoder.build()), text["code"], 8)
+    windows = windows_of(tokenizer_of(decoder.build()), text["code"], 4)
     plain, planted = loaded(decoder.build()), loaded(decoder.build_outliers())
     wanted = perplexity(plain, windows)
     for model in (plain, planted):

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from scalefold.compiler import graph
+from scalefold.compiler.calibrate import collect
+from scalefold.compiler.decoder import LOGITS, decoder_of, divergence
+from scalefold.compiler.facts import row_range
+from scalefold.compiler.protocol import Context, Requests
+from scalefold.compiler.runtime import Array, Feed, Session
+from scalefold.compiler.stats import Statistic
+from scalefold.passes.fit_activations import FitActivations
+from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.quantize_weights import QuantizeWeights
+
+SPIKED = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def quantized(decoder_models: dict[str, ir.Model]) -> tuple[ir.Model, Context]:
+    """A Llama with a channel that only some tokens drive high, quantized by extremes, and what it was calibrated with."""
+    model = decoder_models["llama"].clone()
+    up = next(layer for layer in graph.linear_layers(model) if layer.name == "model.layers.0.mlp.up_proj")
+    weight = up.weights().copy()
+    weight[:, 3] *= 400
+    graph.replace_constant(model, up.matmul, 1, f"{up.name}.weight", weight)
+    generator = np.random.default_rng(2)
+    decoder = decoder_of(model)
+    feeds: list[Feed] = [decoder.prompt_feed(generator.integers(0, 200, (1, 24))) for _ in range(6)]
+    original = model.clone()
+
+    def measure(current: ir.Model, requests: Requests) -> dict[str, Statistic]:
+        return collect(current, requests, feeds)
+
+    def reference() -> list[dict[str, Array]]:
+        session = Session(original, outputs=[LOGITS])
+        return [session.run(feed) for feed in feeds]
+
+    context = Context(measure=measure, search=feeds, reference=reference)
+    QuantizeWeights().run(model, context)
+    InsertQdq().run(model, context)
+    return model, context
+
+
+def loss(model: ir.Model, context: Context) -> float:
+    session = Session(model, outputs=[LOGITS])
+    pairs = zip(context.reference(), context.search, strict=True)
+    return float(np.mean([divergence(wanted[LOGITS][0], session.run(feed)[LOGITS][0]) for wanted, feed in pairs]))
+
+
+def per_token(model: ir.Model) -> list[str]:
+    return [
+        (node.name or "").removesuffix(".input_q") for node in graph.nodes(model, "QuantizeLinear") if row_range(node)
+    ]
+
+
+def test_clipping_alone_brings_the_logits_closer(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    before = loss(model, context)
+    result = FitActivations().run(model, context)
+    assert any(event.reason == "clipped" for event in result.rewrites)
+    assert loss(model, context) < before
+    assert not per_token(model)
+
+
+def test_the_layer_that_no_static_range_holds_is_per_token(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    result = FitActivations(target=1e-9, per_token_share=0.08).run(model, context)
+    event = next(event for event in result.rewrites if "per token" in event.reason)
+    assert event.where == SPIKED
+    assert float(event.figures["sqnr_db"]) > float(event.figures["sqnr_db_static"])
+    assert SPIKED in per_token(model)
+
+
+def test_a_target_that_is_met_leaves_every_range_static(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(target=100.0).run(model, context)
+    assert not per_token(model)
+
+
+def test_no_more_than_the_share_becomes_per_token(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    layers = {node.name: node for node in graph.nodes(model, "MatMul") if graph.producer(node.inputs[1])}
+    sizes = {name: int(np.prod(graph.whole_shape(node.inputs[1]))) for name, node in layers.items() if node.inputs[1]}
+    FitActivations(target=1e-9, per_token_share=0.2).run(model, context)
+    read = [
+        node
+        for node in graph.nodes(model, "MatMul")
+        if (dq := graph.producer(node.inputs[0], "DequantizeLinear")) is not None
+        and row_range(graph.producer(dq.inputs[0], "QuantizeLinear"))
+    ]
+    share = sum(sizes[node.name] for node in read) / sum(sizes.values())
+    assert 0 < share <= 0.2
+
+
+def test_a_second_run_changes_nothing(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(target=1e-9).run(model, context)
+    assert not FitActivations(target=1e-9).run(model, context).changed
