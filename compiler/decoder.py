@@ -24,6 +24,7 @@ LOGITS = "logits"
 ROWS = 64
 """Tokens whose probabilities are computed at a time: each is as wide as the vocabulary."""
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
+TOKEN_FEEDS = TOKEN_INPUTS | {"token_type_ids"}
 PAIRED_PREFIXES = (("input.", "output."), ("past_key_values.", "present."))
 """How exporters name the cache on its way in and out: transformers' own, and the older one of optimum."""
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
@@ -171,6 +172,19 @@ def cache_pairs(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]
         if name.startswith(behind)
     )
     return {name: paired for name, paired in candidates if paired in known}
+
+
+def first_tokens(feed: Feed, count: int) -> Feed:
+    """The feed cut to its first tokens; what comes with a cache keeps all of it."""
+    ids = feed.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.shape[1] <= count:
+        return feed
+    length = ids.shape[1]
+    cut = {}
+    for name, array in feed.items():
+        behind = array.shape[1] - length if name in TOKEN_FEEDS and array.ndim == 2 else -1
+        cut[name] = array[:, : behind + count] if behind >= 0 else array
+    return cut
 
 
 def log_softmax(logits: Array) -> npt.NDArray[np.float64]:

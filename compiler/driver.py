@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.calibrate import Calibration
-from scalefold.compiler.decoder import cache_pairs, is_decoder, position_limit
+from scalefold.compiler.decoder import cache_pairs, first_tokens, is_decoder, position_limit
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import clean, read_onnx
@@ -47,6 +47,9 @@ from scalefold.compiler.stats import Statistic
 
 HELD_OUT = 16
 """Samples kept out of calibration, on which the result is compared with float."""
+
+COMPARED = 128
+"""Tokens of each held-out sample on which layers are compared: all of their outputs are held at once."""
 
 TOOLS = ("scalefold", "numpy", "onnx", "onnx-ir", "onnx-graphsurgeon", "onnxruntime", "tokenizers")
 SIDECARS = (
@@ -231,7 +234,7 @@ class _Run:
         self.recipe = recipe
         self.source = source
         self.original = source.model.clone()
-        self.tamed = self.original  # the float graph after the last pass that changed its function on purpose
+        self.tamed = self.original
         self.progress = progress
         self.clock = clock
         self.context = Context(progress=progress)
@@ -252,11 +255,20 @@ class _Run:
                 )
             with self.clock.stage(entry.name):
                 result = entry.run(self.source.model, self.context)
-                if result.changed and entry.contract is Contract.LOSSY and not graph.is_quantized(self.source.model):
-                    self.tamed = self.source.model.clone()
-                    self.context = replace(self.context, reference=_reference(self.tamed, self.context.search))
+                if result.changed and not graph.is_quantized(self.source.model):
+                    self._retame(entry)
                 _release_memory(self.original)
             self.records.append(_record(entry, result))
+
+    def _retame(self, entry: Pass) -> None:
+        """Take the float graph as it is now for the one to compare layers with.
+
+        Migration changes what single layers give; where a pass changes the function itself, the outputs to aim for too.
+        """
+        self.tamed = self.source.model.clone()
+        self.context = replace(self.context, float_model=self.tamed)
+        if entry.contract is Contract.LOSSY:
+            self.context = replace(self.context, reference=_reference(self.tamed, self.context.search))
 
     def calibrate(self, given: object) -> None:
         """Open the calibration data, and set some of it apart for the comparison with float."""
@@ -278,12 +290,14 @@ class _Run:
         self.held_origin += ", held out" if held is not whole else ", which were calibrated on: too few to hold any out"
         self.calibration = {"origin": used.origin, "samples": used.count, "digest": used.digest()}
         search_samples = -(-options.search_samples // fewer)
-        self.context = _context(used, search_samples, self.original, self.progress)
+        self.context = _context(used, search_samples, self.tamed, self.progress)
 
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
-            self.layer_sqnr = verify.layer_sqnr(self.tamed, self.source.model, self.held_out)
+            self.layer_sqnr = verify.layer_sqnr(
+                self.tamed, self.source.model, [first_tokens(feed, COMPARED) for feed in self.held_out]
+            )
             advance()
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
@@ -470,7 +484,13 @@ def _context(used: Calibration, search_samples: int, original: ir.Model, progres
         with progress("calibrating", used.count) as advance:
             return calibrate.collect(model, requests, used.feeds(), advance)
 
-    return Context(measure=measure, search=search, reference=_reference(original, search), progress=progress)
+    return Context(
+        measure=measure,
+        search=search,
+        reference=_reference(original, search),
+        float_model=original,
+        progress=progress,
+    )
 
 
 def _reference(model: ir.Model, feeds: Sequence[Feed]) -> Callable[[], list[dict[str, Array]]]:

@@ -80,12 +80,14 @@ class Context:
         measure: streams the calibration set; raises when there is none.
         search: the few feeds that searches run on, without padding where the source allows it.
         reference: the outputs of the float model for each of the search feeds, computed on first use.
+        float_model: the float graph that the result is to reproduce; None where there is none to compare with.
         progress: opens a progress bar.
     """
 
     measure: Measure = field(default=lambda model, requests: _no_calibration())
     search: Sequence[Feed] = ()
     reference: Callable[[], list[dict[str, Array]]] = field(default=lambda: _no_reference())
+    float_model: ir.Model | None = None
     progress: Progress = silent
 
 

@@ -253,25 +253,38 @@ def _unknown(kernel: str) -> tuple[str, str]:
 
 
 def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:
-    """Compare the float outputs of two models over feeds, padding left out."""
-    rows: dict[str, list[tuple[Array, Array]]] = {}
+    """Compare the float outputs of two models over feeds, padding left out; one feed's outputs are held at a time."""
+    sums: dict[str, _Sums] = {}
     for feed in feeds:
         mask = padding_mask(feed)
         wanted, got = expected.run(feed), actual.run(feed)
         for name in wanted:
             if name in got and got[name].dtype.kind == "f":
-                rows.setdefault(name, []).append((rows_of(wanted[name], mask), rows_of(got[name], mask)))
-    return [
-        _fidelity(name, *(np.concatenate(part) for part in zip(*pairs, strict=True))) for name, pairs in rows.items()
-    ]
+                sums.setdefault(name, _Sums()).add(rows_of(wanted[name], mask), rows_of(got[name], mask))
+    return [entry.fidelity(name) for name, entry in sums.items()]
 
 
-def _fidelity(name: str, wanted: Array, got: Array) -> Fidelity:
-    norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
-    cosines = (wanted * got).sum(axis=-1) / np.maximum(norms, 1e-30)
-    return Fidelity(
-        name, float(cosines.mean()), float(cosines.min()), float(np.abs(wanted - got).max()), sqnr(wanted, got)
-    )
+class _Sums:
+    """What `Fidelity` is made of, gathered feed by feed."""
+
+    def __init__(self) -> None:
+        self._cosines: list[Array] = []
+        self._largest = self._noise = self._signal = 0.0
+
+    def add(self, wanted: Array, got: Array) -> None:
+        """Take in rows [tokens, channels]."""
+        norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
+        self._cosines.append(np.einsum("tc,tc->t", wanted, got) / np.maximum(norms, 1e-30))
+        difference = wanted - got
+        self._largest = max(self._largest, float(np.abs(difference).max(initial=0)))
+        self._noise += float(np.einsum("tc,tc->t", difference, difference).sum(dtype=np.float64))
+        self._signal += float(np.einsum("tc,tc->t", wanted, wanted).sum(dtype=np.float64))
+
+    def fidelity(self, name: str) -> Fidelity:
+        """The figures over all rows."""
+        cosines = np.concatenate(self._cosines)
+        decibels = _decibels(self._signal, self._noise)
+        return Fidelity(name, float(cosines.mean()), float(cosines.min()), self._largest, decibels)
 
 
 def sqnr(wanted: Array, got: Array) -> float:

@@ -104,7 +104,7 @@ class Walk:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the values that no node still to come reads."""
+        """Drop the values and weights that no node still to come reads."""
         for (value, node), stand_in in list(self._seen_by.items()):
             if node in self._done:
                 del self._live[stand_in], self._seen_by[value, node]
@@ -113,6 +113,9 @@ class Walk:
             readers = [use.node for use in value.uses()]
             if readers and value not in kept and not value.is_graph_output() and self._done.issuperset(readers):
                 del self._live[value]
+        for weight in list(self._weights):
+            if self._done.issuperset(use.node for use in weight.uses()):
+                del self._weights[weight]
 
     def _type_of(self, value: ir.Value) -> ir.TypeProtocol | None:
         """A value's type; foreign graphs may not say it, and then the arrays do."""
