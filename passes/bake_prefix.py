@@ -17,7 +17,10 @@ from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Float
 
 LOOK = 64
-"""Tokens of each search sample that candidates are judged on: massive activations sit at the beginning."""
+"""Tokens of a piece of text that candidates are judged on: massive activations sit at the beginning."""
+
+APART = 128
+"""Tokens from the beginning of one piece of a search sample to that of the next."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ class BakePrefix:
         anchor = graph.consumers(_inputs(model)[next(iter(decoder.cache))])[0]
         names = list(dict.fromkeys(layer.x.name or "" for layer in graph.linear_layers(model)))
         session = Session(model, outputs=[LOGITS, *names])
-        prompts = [feed["input_ids"][:1, :LOOK] for feed in ctx.search]
+        prompts = [
+            feed["input_ids"][:1, start : start + LOOK]
+            for feed in ctx.search
+            for start in range(0, max(1, feed["input_ids"].shape[1] - LOOK + 1), APART)
+        ]
         before, wanted = _look(session, decoder, names, prompts, ())
         tokens = _frequent(prompts, self.candidates)
         found: dict[int, tuple[float, float]] = {}

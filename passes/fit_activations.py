@@ -21,9 +21,9 @@ from scalefold.compiler.stats import TokenRange
 from scalefold.passes.clip_ranges import current_grid, set_grid, source_of
 from scalefold.passes.insert_qdq import quantize_rows
 
-SHARES = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Shares of tokens whose extremes may be clipped, tried below 8 bits. At 8 bits they fit the search samples' domain and
-lose in others (docs/decisions/0007), so just the extremes of the search samples are tried there."""
+SHARES = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Shares of tokens whose extremes may be clipped, tried below 8 bits, where rounding weighs more than clipping. At 8 bits
+ranges that are clipped to the search samples fit their domain and lose in others (docs/decisions/0007)."""
 
 STRIDE = 8
 """The logits of every n-th token are compared: each is as wide as the vocabulary."""
@@ -66,10 +66,11 @@ class FitActivations:
     after:   the same with s', z' from the quantiles of the tokens' extremes; or, where that is not enough,
              MatMul(dq(QuantizeLinear((x - m) / r)), dq(W)) * r + m c, per token (see insert-qdq)
 
-    x is [..., K], W [K, N]. A range is chosen by the least |(Q(x) - x) W|^2, estimated along random directions
-    (Johnson and Lindenstrauss 1984), which costs a small part of a product. Then, while the logits diverge from the float
-    model's by more than the target, the layers whose products lose most get a range per token, worst first and twice as
-    many at each step, within the share of multiply-adds that may be so.
+    x is [..., K], W [K, N]. Below 8 bits a range is chosen by the least |(Q(x) - x) W|^2, estimated along random
+    directions (Johnson and Lindenstrauss 1984), which costs a small part of a product; at 8 bits it stays that of all
+    tokens. Then, while the logits diverge from the float model's by more than the target, the layers whose products lose
+    most get a range per token, worst first and twice as many at each step, within the share of multiply-adds that may be
+    so.
 
     Attributes:
         bits: bits of the activations.
@@ -109,7 +110,7 @@ class FitActivations:
                 advance()
             for entry in quantizers:
                 seen = ranges[entry.x.name or ""]
-                shares = (0.0, *SHARES) if self.bits < 8 else (0.0,)
+                shares = SHARES if self.bits < 8 else ()
                 clipped = [schemes.activation_grid(*seen.quantiles(1 - share), self.bits) for share in shares]
                 entry.grids = list(dict.fromkeys([current_grid(entry.node, self.bits), *clipped]))
                 entry.errors = np.zeros(len(entry.grids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
@@ -80,16 +80,10 @@ class Server:
 
 
 @contextmanager
-def started(contender: contenders.Contender, work: contenders.Workspace, threads: int) -> Iterator[Server]:
+def started(command: list[str]) -> Iterator[Server]:
     """A contender's process, ended on the way out."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            contenders.command(contender, "serve", work, str(threads)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             yield Server(process, errors)
         finally:
@@ -108,28 +102,38 @@ def measure(
     shapes = options.shapes.split(",")
     task = progress.add_task(f"{model}: building", total=len(entries) + len(shapes) * (options.turns + 1))
     rows = []
+    for contender in entries:
+        built = contenders.build(contender, work)
+        rows.append(Row(model, contender.name, contender.family, contender.settings, built, failure=built.failure))
+        progress.advance(task)
+    commands = [contenders.command(contender, "serve", work, str(options.threads)) for contender in entries]
+    for shape in take_turns(rows, commands, shapes, options.turns):
+        progress.update(task, description=f"{model}: {shape}", advance=1)
+    return rows
+
+
+def take_turns(rows: Sequence[Row], commands: Sequence[list[str]], shapes: list[str], turns: int) -> Iterator[str]:
+    """Start the process of every row that has not failed, and give them turns in rounds, shape by shape.
+
+    Yields:
+        the shape, after each of its rounds; the first of them only warms up.
+    """
     with ExitStack() as stack:
         servers: list[tuple[Row, Server]] = []
-        for contender in entries:
-            built = contenders.build(contender, work)
-            row = Row(model, contender.name, contender.family, contender.settings, built, failure=built.failure)
-            rows.append(row)
-            progress.advance(task)
-            if built.failure:
+        for row, command in zip(rows, commands, strict=True):
+            if row.failure:
                 continue
-            server = stack.enter_context(started(contender, work, options.threads))
+            server = stack.enter_context(started(command))
             try:
                 row.load_seconds = server.receive()["load_seconds"]
                 servers.append((row, server))
             except contenders.StepError as failure:
                 row.failure = str(failure)
         for shape in shapes:
-            for turn in range(options.turns + 1):
-                progress.update(task, description=f"{model}: {shape}")
+            for turn in range(turns + 1):
                 for row, server in servers:
                     _take_turn(row, server, shape, warming=turn == 0)
-                progress.advance(task)
-    return rows
+                yield shape
 
 
 def _take_turn(row: Row, server: Server, shape: str, *, warming: bool) -> None:

@@ -5,6 +5,8 @@ The benchmarks start this file as a child process for every step, so that memory
     contenders.py build NAME FOLDER          quantize; one line of JSON with what it took
     contenders.py embed NAME FOLDER          sentence embeddings of the evaluation feeds, and the kernels that ran
     contenders.py serve NAME FOLDER THREADS  load, then run one timed turn for each line `BATCHxLENGTH SECONDS`
+    contenders.py judge NAME FOLDER [TEXT WINDOWS]  the kernels of a decoder, and its perplexity on running text
+    contenders.py decode NAME FOLDER THREADS        the same as serve for a decoder and lines `PROMPT+NEW SECONDS`
 
 FOLDER is a `Workspace`. Only numpy is imported at the top: OpenVINO's children run in an environment of their own.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import resource
 import shutil
@@ -20,20 +23,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from scalefold.compiler.generate import CachedSession
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH_VENV = REPOSITORY / ".bench-venv"
 CONSTRAINTS = Path(__file__).with_name("bench-constraints.txt")
 SEQUENCE = 128
+WINDOW = 512
+"""Tokens of a decoder's calibration window, of a prompt to prefill, and of a window whose perplexity is taken."""
+READ_WINDOWS = 8
+"""Windows that `quantize_static` is given: its memory grows with them."""
 INTEGER_MATMULS = (
     "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits",
 )  # fmt: skip
@@ -67,6 +77,13 @@ class Workspace:
     def evaluation(self) -> Path:
         """Padded batches of the sentences to embed."""
         return self.folder / "evaluation.npz"
+
+    @property
+    def window(self) -> int:
+        """`WINDOW`, or the length of the decoder's position table where that is shorter."""
+        from scalefold.compiler.decoder import position_limit
+
+        return min(WINDOW, position_limit(self.float_model.parent) or WINDOW)
 
     def output(self, contender: Contender) -> Path:
         """The folder of a contender's result."""
@@ -255,8 +272,16 @@ def _scalefold(*options: str) -> Callable[[Workspace, Path], None]:
 MATMUL_ONLY: dict[str, Any] = {"unsigned": True, "per_channel": True, "op_types_to_quantize": ["MatMul"]}
 INPUTS_ONLY = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
 
+FLOAT = Contender("float", "onnxruntime float", "", keep_float)
+STATIC_7BIT = Contender(
+    "static-matmul-7bit",
+    "quantize_static",
+    "MatMul only, per_channel, QUInt8 x QInt8, reduce_range",
+    _static(**MATMUL_ONLY, reduce_range=True),
+    timed=False,
+)
 CONTENDERS = (
-    Contender("float", "onnxruntime float", "", keep_float),
+    FLOAT,
     Contender("dynamic", "quantize_dynamic", "QInt8, per_channel", _dynamic(per_channel=True)),
     Contender(
         "dynamic-7bit",
@@ -267,13 +292,7 @@ CONTENDERS = (
     ),
     Contender("static", "quantize_static", "defaults: QDQ, MinMax", _static()),
     Contender("static-matmul", "quantize_static", "MatMul only, per_channel, QUInt8 x QInt8", _static(**MATMUL_ONLY)),
-    Contender(
-        "static-matmul-7bit",
-        "quantize_static",
-        "MatMul only, per_channel, QUInt8 x QInt8, reduce_range",
-        _static(**MATMUL_ONLY, reduce_range=True),
-        timed=False,
-    ),
+    STATIC_7BIT,
     Contender(
         "static-inputs",
         "quantize_static",
@@ -307,16 +326,30 @@ CONTENDERS = (
     Contender("scalefold-naive", "scalefold", "w8a8-naive", _scalefold("--recipe", "w8a8-naive"), timed=False),
     Contender("scalefold-w6a6", "scalefold", "w6a6", _scalefold("--recipe", "w6a6"), timed=False),
 )
-BY_NAME = {contender.name: contender for contender in CONTENDERS}
+DECODERS = (
+    FLOAT,
+    Contender(
+        "dynamic-matmul-7bit",
+        "quantize_dynamic",
+        "MatMul only, QInt8, per_channel, reduce_range",
+        _dynamic(per_channel=True, reduce_range=True, op_types_to_quantize=["MatMul"]),
+    ),
+    STATIC_7BIT,
+    *(
+        Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe))
+        for recipe in ("w8a8", "w8a8-static", "w8a8-token")
+    ),
+)
+BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *DECODERS)}
 
 
 # In the parent: command line, inputs ---------------------------------------------------------------------------------
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
+def parser(description: str, entries: Sequence[Contender] = CONTENDERS) -> argparse.ArgumentParser:
+    """The options that all benchmarks take."""
     made = argparse.ArgumentParser(description=description)
-    names = ", ".join(contender.name for contender in CONTENDERS)
+    names = ", ".join(contender.name for contender in entries)
     made.add_argument("--calibration", type=Path, metavar="FILE", help="text, one sample a line, for every contender; "
                       "default: scalefold's own default text, which every Python installation carries")  # fmt: skip
     made.add_argument("--samples", type=int, default=128, help="calibration samples, evenly spaced (default: 128)")
@@ -328,14 +361,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def chosen(only: str | None) -> list[Contender]:
+def chosen(only: str | None, entries: Sequence[Contender] = CONTENDERS) -> list[Contender]:
     """The contenders that `--only` names, with float first."""
     if only is None:
-        return list(CONTENDERS)
+        return list(entries)
     names = [name.strip() for name in only.split(",")]
-    if unknown := [name for name in names if name not in BY_NAME]:
-        raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; choose from {', '.join(BY_NAME)}.")
-    return [contender for contender in CONTENDERS if contender.name in {"float", *names}]
+    known = [contender.name for contender in entries]
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; choose from {', '.join(known)}.")
+    return [contender for contender in entries if contender.name in {"float", *names}]
 
 
 def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> Workspace:
@@ -348,14 +382,9 @@ def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> W
         samples: how many of them are used.
     """
     from scalefold.compiler.calibrate import default_texts
-    from scalefold.compiler.export import export_model
 
     work = Workspace(root / Path(model).name)
-    if not work.float_model.is_file():
-        partial = work.folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        export_model(_source(model, work.folder / "source"), partial, "feature-extraction")
-        partial.rename(work.float_model.parent)
+    _export(_source(model, work.folder / "source"), work, "feature-extraction")
     texts = default_texts()
     if calibration is not None:
         texts = [line.strip() for line in calibration.read_text(encoding="utf-8").splitlines()]
@@ -364,6 +393,79 @@ def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> W
     work.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     save_feeds(work.feeds, encode(work, texts))
     return work
+
+
+def prepare_decoder(
+    model: str, root: Path, calibration: Path | None, samples: int, exported: Path | None = None
+) -> Workspace:
+    """Export a decoder once, and write the calibration text and windows out of it.
+
+    Args:
+        model: the name of a reference model, a Hugging Face folder or a hub id.
+        root: where the model's workspace is made.
+        calibration: running text; None for the reference model's own, or else the default text.
+        samples: of 128 tokens each, so a window of 512 is four of them.
+        exported: a folder with the float model.onnx, to take instead of exporting.
+    """
+    import onnx_ir as ir
+
+    from scalefold.compiler.calibrate import RunningText
+
+    work = Workspace(root / Path(model).name)
+    source, texts = _decoder_source(model)
+    if exported is not None:
+        place(exported, work.float_model.parent)
+    else:
+        _export(source, work, "causal-lm")
+    if calibration is not None:
+        texts = calibration.read_text(encoding="utf-8").splitlines()
+    parts = np.array_split(np.arange(len(texts)), min(samples, len(texts)))
+    pieces = ["\n".join(texts[index] for index in part) for part in parts]
+    work.texts.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), encoding="utf-8")
+    tokenizer, graph = work.float_model.with_name("tokenizer.json"), ir.load(work.float_model)
+    windows = RunningText(tokenizer, graph, work.window, "\n".join(texts)).windows(READ_WINDOWS)
+    save_feeds(work.feeds, [dict(window) for window in windows])
+    return work
+
+
+def _decoder_source(model: str) -> tuple[Path, list[str]]:
+    """What to export, and the lines of text to calibrate on."""
+    from scalefold.compiler.calibrate import default_running_text, default_texts
+    from scalefold.compiler.driver import reference_models
+
+    lines = default_running_text().splitlines()
+    if model not in reference_models():
+        return Path(model), lines
+    module = importlib.import_module(f"scalefold.models.{model.removesuffix('-outliers').replace('-', '_')}")
+    build = module.build_outliers if model.endswith("-outliers") else module.build
+    own = module.samples()
+    return build(), lines if own == default_texts() else own
+
+
+def place(given: Path, target: Path) -> None:
+    """Let a folder that was made before stand where a benchmark would make its own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    displace(target)
+    shutil.rmtree(target, ignore_errors=True)
+    target.symlink_to(given.resolve(), target_is_directory=True)
+
+
+def displace(target: Path) -> None:
+    """Take away what `place` put there; nothing of the folder itself is touched."""
+    if target.is_symlink():
+        target.unlink()
+
+
+def _export(source: Path, work: Workspace, task: str) -> None:
+    from scalefold.compiler.export import export_model
+
+    displace(work.float_model.parent)
+    if work.float_model.is_file():
+        return
+    partial = work.folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    export_model(source, partial, task)
+    partial.rename(work.float_model.parent)
 
 
 def _source(model: str, folder: Path) -> Path:
@@ -460,13 +562,13 @@ def command(contender: Contender, step: str, work: Workspace, *arguments: str) -
     return [interpreter(contender), __file__, step, contender.name, str(work.folder), *arguments]
 
 
-def run_child(contender: Contender, step: str, work: Workspace) -> dict[str, Any]:
+def run_child(contender: Contender, step: str, work: Workspace, *arguments: str) -> dict[str, Any]:
     """Run one step in a child and return the JSON it ends with.
 
     Raises:
         StepError: the child said why it failed, or died.
     """
-    done = subprocess.run(command(contender, step, work), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(contender, step, work, *arguments), capture_output=True, text=True, check=False)
     return answer_of(done.stdout, done.stderr, done.returncode)
 
 
@@ -498,14 +600,15 @@ def build(contender: Contender, work: Workspace) -> Built:
         interpreter(contender)
         start = time.perf_counter()
         answer = run_child(contender, "build", work)
-        built = Built(time.perf_counter() - start, answer["peak_mb"], _size_mb(work.model(contender)))
+        built = Built(time.perf_counter() - start, answer["peak_mb"], size_mb(work.model(contender)))
     except StepError as failure:
         return Built(failure=str(failure))
     record.write_text(json.dumps({"key": key, "built": asdict(built)}))
     return built
 
 
-def _size_mb(model: Path) -> float:
+def size_mb(model: Path) -> float:
+    """All files that a model is loaded from."""
     parts = [model, model.with_name(f"{model.name}.data"), model.with_suffix(".bin")]
     return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
 
@@ -589,6 +692,54 @@ def serve(contender: Contender, work: Workspace, threads: int) -> None:
         _say(seconds=(time.perf_counter() - start) / runs, peak_mb=_peak_mb())
 
 
+def judge(contender: Contender, work: Workspace, text: str | None = None, windows: str = "0") -> dict[str, Any]:
+    """The integer products of a decoder, and its perplexity where a text is given."""
+    from scalefold.compiler.evaluate import Request, perplexity
+
+    model = work.model(contender)
+    found: dict[str, Any] = {"integer_matmuls": integer_matmuls(contender, model, None)}
+    if text is not None:
+        for name in ("tokenizer.json", "config.json"):
+            if not model.with_name(name).is_file():
+                shutil.copy(work.float_model.with_name(name), model.with_name(name))
+        found |= perplexity(Request(model, Path(text), window=work.window, windows=int(windows)))
+    return found
+
+
+def decode(contender: Contender, work: Workspace, threads: int) -> None:
+    """Answer every line `PROMPT+NEW SECONDS` with the seconds a run takes, over at least that many seconds.
+
+    `512+0` runs a prompt of 512 tokens. `16+64` runs one of 16 and then 64 likeliest tokens one by one, and only those are
+    timed. The cache stays where onnxruntime wrote it.
+    """
+    from scalefold.compiler.generate import CachedSession
+
+    start = time.perf_counter()
+    session = CachedSession(work.model(contender), threads=threads)
+    _say(load_seconds=time.perf_counter() - start)
+    ids = read_feeds(work.feeds)[0]["input_ids"]
+    for line in sys.stdin:
+        task, least = line.split()
+        prompt, new = map(int, task.split("+"))
+        token_seconds(session, ids[:, :16], 0)  # brings back what the rest took from caches and memory
+        taken: list[float] = []
+        while sum(taken) < float(least):
+            taken.append(token_seconds(session, np.resize(ids, (1, prompt)), new))
+        _say(seconds=sum(taken) / len(taken), peak_mb=_peak_mb())
+
+
+def token_seconds(session: CachedSession, prompt: Array, new: int) -> float:
+    """Seconds of a prompt [1,tokens] behind an empty cache, or of the `new` likeliest tokens after it, one by one."""
+    cache = session.hold(session.decoder.empty_cache())
+    start = time.perf_counter()
+    logits, cache = session.step(prompt, None, cache)
+    if new:
+        start = time.perf_counter()
+    for _ in range(new):
+        logits, cache = session.step(logits[:, -1].argmax(axis=1)[:, None], None, cache)
+    return time.perf_counter() - start
+
+
 def random_feed(names: list[str], batch: int, length: int) -> Feed:
     """Token ids of a fixed seed, without padding."""
     ids = np.random.default_rng(0).integers(100, 1000, (batch, length))
@@ -621,8 +772,10 @@ def main(step: str, name: str, folder: str, *arguments: str) -> None:
             _say(peak_mb=_peak_mb())
         elif step == "embed":
             _say(**embed(contender, work))
+        elif step == "judge":
+            _say(**judge(contender, work, *arguments))
         else:
-            serve(contender, work, *map(int, arguments))
+            {"serve": serve, "decode": decode}[step](contender, work, *map(int, arguments))
     except Exception as error:  # whatever a contender raises is the reason shown in its row
         said = " ".join(str(error).split())[:300]
         _say(failure=said if isinstance(error, StepError) else f"{type(error).__name__}: {said}")
