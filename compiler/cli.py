@@ -318,14 +318,20 @@ def _print_report(report: CompileReport) -> None:
         return
     sqnr = {layer.name: layer.sqnr_db for layer in report.layers}
     kernels = [
-        verify.LayerKernel(layer.name, layer.shape, True, layer.kernel, layer.integer) for layer in report.layers
+        verify.LayerKernel(layer.name, layer.shape, True, layer.kernel, layer.integer, activation=layer.activation)
+        for layer in report.layers
     ]
     _print_kernels(kernels, sqnr)
     _print_outputs(report.outputs, report.held_out)
     summary = Table(show_header=False, title=f"{report.source} -> {report.output}")
     summary.add_row("recipe, target", f"{report.recipe}, {report.target}")
     summary.add_row("calibrated on", f"{report.calibration['samples']} samples of {report.calibration['origin']}")
+    every = [layer.shape for layer in report.layers]
     summary.add_row("integer kernels", f"{report.integer_layers} of {len(report.layers)} linear layers")
+    rows = [layer for layer in report.layers if layer.activation == "per-token"]
+    if rows:
+        share = sum(k * n for k, n in (layer.shape for layer in rows)) / sum(k * n for k, n in every)
+        summary.add_row("ranges per token", f"{len(rows)} layers, {share:.1%} of the linear multiply-adds")
     ratio = report.bytes / max(report.float_bytes, 1)
     summary.add_row("size", f"{report.bytes / 1e6:.1f} MB, {ratio:.3f} of float's {report.float_bytes / 1e6:.1f} MB")
     summary.add_row("loads in", f"{report.load_seconds:.2f} s")
@@ -339,7 +345,9 @@ def _print_report(report: CompileReport) -> None:
         if entry.rewrites or entry.declined:
             reasons = ", ".join(sorted({str(event["reason"]) for event in entry.declined}))
             declined = f", {len(entry.declined)} declined ({reasons})" if entry.declined else ""
-            summary.add_row(entry.name, f"{len(entry.rewrites)} rewrites{declined}")
+            done = {str(event["reason"]) for event in entry.rewrites}
+            said = f" ({done.pop()})" if len(entry.rewrites) == 1 else ""
+            summary.add_row(entry.name, f"{len(entry.rewrites)} rewrites{said}{declined}")
     console.print(summary)
     for note in report.notes:
         console.print(f"note: {_escape(note)}")
@@ -347,11 +355,15 @@ def _print_report(report: CompileReport) -> None:
 
 def _print_kernels(kernels: Sequence[verify.LayerKernel], sqnr: dict[str, float | None]) -> None:
     table = Table("linear layer", "K x N", "kernel", "SQNR dB", title="what onnxruntime runs each linear layer with")
+    several = len({kernel.activation for kernel in kernels}) > 1
+    if several:
+        table.add_column("range")
     for kernel in kernels:
         mark = "" if kernel.integer or not kernel.planned else " [red](float)[/]"
         value = sqnr.get(kernel.name)
         size = f"{kernel.shape[0]} x {kernel.shape[1]}"
-        table.add_row(kernel.name, size, kernel.kernel + mark, "" if value is None else f"{value:.1f}")
+        row = [kernel.name, size, kernel.kernel + mark, "" if value is None else f"{value:.1f}"]
+        table.add_row(*row, *([kernel.activation] if several else []))
     Console().print(table)
 
 

@@ -25,6 +25,8 @@ ROWS = 64
 """Tokens whose probabilities are computed at a time: each is as wide as the vocabulary."""
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 TOKEN_FEEDS = TOKEN_INPUTS | {"token_type_ids"}
+PREFIX = ".prefix"
+"""Ends the names of constants that are joined to a decoder's inputs; see the pass bake-prefix."""
 PAIRED_PREFIXES = (("input.", "output."), ("past_key_values.", "present."))
 """How exporters name the cache on its way in and out: transformers' own, and the older one of optimum."""
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
@@ -172,6 +174,12 @@ def cache_pairs(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]
         if name.startswith(behind)
     )
     return {name: paired for name, paired in candidates if paired in known}
+
+
+def prefix_length(model: ir.Model) -> int:
+    """Positions that a prefix baked into the cache takes up; 0 without one."""
+    shapes = [value.shape for name, value in model.graph.initializers.items() if name.endswith(PREFIX)]
+    return next((int(str(shape[2])) for shape in shapes if shape is not None and len(shape) == 4), 0)
 
 
 def first_tokens(feed: Feed, count: int) -> Feed:

@@ -24,7 +24,14 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.calibrate import Calibration
-from scalefold.compiler.decoder import cache_pairs, first_tokens, is_decoder, position_limit
+from scalefold.compiler.decoder import (
+    POSITION_KEYS,
+    cache_pairs,
+    first_tokens,
+    is_decoder,
+    position_limit,
+    prefix_length,
+)
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import clean, read_onnx
@@ -380,8 +387,20 @@ class _Run:
         for name in SIDECARS:
             if (self.source.folder / name).is_file():
                 shutil.copyfile(self.source.folder / name, stage / name)
+        if taken := prefix_length(self.source.model):
+            _shorten_positions(stage / "config.json", taken)
         manifest = self.source.manifest or artifact.manifest(self.source.model)
         artifact.write_json(stage / artifact.MANIFEST, manifest)
+
+
+def _shorten_positions(config: Path, taken: int) -> None:
+    """Leave the positions that a prefix takes up out of those that a config offers."""
+    if not config.is_file():
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    artifact.write_json(
+        config, {name: value - taken if name in POSITION_KEYS else value for name, value in content.items()}
+    )
 
 
 def _with_overrides(

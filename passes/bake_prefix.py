@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, divergence, is_decoder
+from scalefold.compiler.decoder import LOGITS, PREFIX, Decoder, decoder_of, divergence, is_decoder, prefix_length
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
@@ -91,15 +91,15 @@ def bake(model: ir.Model, tokens: Sequence[int]) -> None:
     new = _Builder(model, inputs["input_ids"])
     for name, output in decoder.outputs.items():
         past, present = inputs[name], next(value for value in model.graph.outputs if value.name == output)
-        constant = graph.add_initializer(model, f"{name}.prefix", states[output])
+        constant = graph.add_initializer(model, f"{name}{PREFIX}", states[output])
         new.expand_and_join(constant, past, axis=2)
         _hide(model, present, n)
     if (mask := inputs.get("attention_mask")) is not None:
         ones = np.ones((1, n), dtype=mask.dtype.numpy() if mask.dtype is not None else np.int64)
-        new.expand_and_join(graph.add_initializer(model, "attention_mask.prefix", ones), mask, axis=1)
+        new.expand_and_join(graph.add_initializer(model, f"attention_mask{PREFIX}", ones), mask, axis=1)
     if (positions := inputs.get("position_ids")) is not None:
         dtype = positions.dtype.numpy() if positions.dtype is not None else np.int64
-        shift = graph.add_initializer(model, "position_ids.prefix", np.array(n, dtype=dtype))
+        shift = graph.add_initializer(model, f"position_ids{PREFIX}", np.array(n, dtype=dtype))
         new.replace(positions, ir.node("Add", [positions, shift], name="position_ids.behind_prefix"))
     new.insert()
 
@@ -168,7 +168,7 @@ def _inputs(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _has_prefix(model: ir.Model) -> bool:
-    return any(name.endswith(".prefix") for name in model.graph.initializers)
+    return prefix_length(model) > 0
 
 
 def _frequent(prompts: Sequence[Array], count: int) -> list[int]:

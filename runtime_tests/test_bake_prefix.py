@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from scalefold.compiler import graph
+from scalefold.compiler import artifact, compile_model, graph
 from scalefold.compiler.decoder import LOGITS, decoder_of
 from scalefold.compiler.protocol import Context
-from scalefold.compiler.runtime import Array, Session
+from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.passes.bake_prefix import BakePrefix, bake
 
 FAMILIES = ("gpt2", "opt", "bloom", "llama")
@@ -106,3 +108,19 @@ def test_an_encoder_is_left_alone(float_model: Path) -> None:
     model = ir.load(float_model)
     result = BakePrefix().run(model, Context())
     assert not result.rewrites and not result.declined
+
+
+def test_a_compiled_folder_offers_fewer_positions(
+    decoder_models: dict[str, ir.Model], decoder_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_massive_first_token(decoder_models["llama"].clone())
+    (tmp_path / "float").mkdir()
+    artifact.save_model(model, tmp_path / "float")
+    shutil.copy(decoder_folders["llama"] / "config.json", tmp_path / "float")
+    generator = np.random.default_rng(8)
+    feeds: list[Feed] = [decoder_of(model).prompt_feed(generator.integers(0, 200, (1, 16))) for _ in range(12)]
+    source = tmp_path / "float" / "model.onnx"
+    report = compile_model(source, tmp_path / "out", recipe="w8a8-token", calibration=feeds, samples=32)
+    assert [len(entry.rewrites) for entry in report.passes if entry.name == "bake-prefix"] == [1]
+    assert all(layer.integer for layer in report.layers)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 63

@@ -45,8 +45,7 @@ def test_a_residual_inside_the_region_stays_one() -> None:
             "m = Reshape(x, merged)  n = LayerNormalization<axis = -1>(m, gain, v)  p = MatMul(n, u)  r = Relu(p)"
             "  a = Add(m, r)  q = MatMul(a, w)  y = Reshape(q, parted)"
         ),
-        after=HEAD
-        + "{ n = LayerNormalization<axis = -1>(x, gain, v)  p = MatMul(n, u)  r = Relu(p)"
+        after=HEAD + "{ n = LayerNormalization<axis = -1>(x, gain, v)  p = MatMul(n, u)  r = Relu(p)"
         "  a = Add(x, r)  y = MatMul(a, w) }",
         feeds=FEED,
     )

@@ -10,6 +10,7 @@ with each.
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ else:
     import contenders
 
 DECODE = "16+64"
+BESIDE = ("tokenizer.json", "config.json")
+"""What perplexity needs beside a model."""
 
 
 @dataclass
@@ -63,7 +66,11 @@ def build(contender: contenders.Contender, work: contenders.Workspace, given: Pa
     """Quantize, or take the folder of --compiled, whose time and memory are not known."""
     if given is None:
         contenders.displace(work.output(contender))
-        return contenders.build(contender, work)
+        built = contenders.build(contender, work)
+        for file in filter(Path.is_file, map(work.float_model.with_name, BESIDE)):
+            if not (target := work.model(contender).with_name(file.name)).is_file():
+                shutil.copy(file, target)
+        return built
     contenders.place(given, work.output(contender))
     return contenders.Built(size_mb=contenders.size_mb(work.model(contender)))
 

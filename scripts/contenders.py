@@ -552,7 +552,7 @@ def interpreter(contender: Contender) -> str:
         for command in ([sys.executable, "-m", "venv", str(BENCH_VENV)], install):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise StepError(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)}")
+                raise StepError(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)[:300]}")
         complete.write_text(CONSTRAINTS.read_text())
     return str(python)
 
@@ -577,14 +577,14 @@ def answer_of(stdout: str, stderr: str, code: int | None) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(_last_line(stdout))
     except ValueError:
-        raise StepError(f"the process died with exit code {code}: {_last_line(stderr)}") from None
+        raise StepError(f"the process died with exit code {code}: {_last_line(stderr)[:300]}") from None
     if "failure" in answer:
         raise StepError(str(answer["failure"]))
     return answer
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1][:300]
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def build(contender: Contender, work: Workspace) -> Built:
@@ -699,9 +699,6 @@ def judge(contender: Contender, work: Workspace, text: str | None = None, window
     model = work.model(contender)
     found: dict[str, Any] = {"integer_matmuls": integer_matmuls(contender, model, None)}
     if text is not None:
-        for name in ("tokenizer.json", "config.json"):
-            if not model.with_name(name).is_file():
-                shutil.copy(work.float_model.with_name(name), model.with_name(name))
         found |= perplexity(Request(model, Path(text), window=work.window, windows=int(windows)))
     return found
 
