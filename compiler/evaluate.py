@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.calibrate import TEXT_INPUTS, TextEncoder, read_tokenizer
-from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, position_limit
+from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, log_softmax, position_limit
 from scalefold.compiler.driver import open_source
 from scalefold.compiler.errors import CalibrationError, SourceError
 from scalefold.compiler.protocol import Progress, silent
@@ -246,21 +246,14 @@ def score(logits: Array, window: Window, wanted: Array | None = None) -> Doubles
     for start in range(window.scored, len(window.ids), ROWS):
         targets = window.ids[start : start + ROWS]
         rows = slice(start - 1, start - 1 + len(targets))  # the row before a token predicts it
-        q = _log_softmax(logits[rows])
+        q = log_softmax(logits[rows])
         sums[0] -= q[np.arange(len(targets)), targets].sum()
         if wanted is not None:
-            p = _log_softmax(wanted[rows])
+            p = log_softmax(wanted[rows])
             sums[1] -= p[np.arange(len(targets)), targets].sum()
             sums[2] += (p.argmax(axis=1) == q.argmax(axis=1)).sum()
             sums[3] += (np.exp(p) * (p - q)).sum()
     return sums
-
-
-def _log_softmax(logits: Array) -> Doubles:
-    rows: Doubles = logits.astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-    return rows
 
 
 def _language(request: Request) -> tuple[Facts, Doubles]:
