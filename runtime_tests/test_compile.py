@@ -144,7 +144,9 @@ def test_the_record_says_what_was_done_and_with_what(compiled: dict[str, Compile
     assert record["source"] == str(float_model)
     assert record["recipe"]["name"] == "w8a8"
     assert record["recipe"]["calibration"]["samples"] == 40
-    assert record["recipe"]["migration"] == {"shift": True, "scale": True, "grid": 100, "stride": 8}
+    migration = {"shift": True, "scale": True, "grid": 100, "stride": 8}
+    sites = {"norm": True, "linear": True, "value": False, "relu": True, "gate": True}
+    assert record["recipe"]["migration"] == migration | sites
     assert record["calibration"]["samples"] == 40
     assert record["calibration"]["origin"] == "feeds"
     assert len(record["calibration"]["digest"]) == 64
