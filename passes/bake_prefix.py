@@ -89,11 +89,15 @@ def bake(model: ir.Model, tokens: Sequence[int]) -> None:
     n = len(tokens)
     states = Session(model, outputs=list(decoder.outputs.values())).run(decoder.prompt_feed(np.array([tokens])))
     new = _Builder(model, inputs["input_ids"])
+    bounds = [
+        graph.add_initializer(model, f"prefix.{name}", np.array([number], dtype=np.int64))
+        for name, number in (("length", n), ("end", np.iinfo(np.int64).max), ("axis", 2))
+    ]
     for name, output in decoder.outputs.items():
         past, present = inputs[name], next(value for value in model.graph.outputs if value.name == output)
         constant = graph.add_initializer(model, f"{name}{PREFIX}", states[output])
         new.expand_and_join(constant, past, axis=2)
-        _hide(model, present, n)
+        _hide(model, present, bounds)
     if (mask := inputs.get("attention_mask")) is not None:
         ones = np.ones((1, n), dtype=mask.dtype.numpy() if mask.dtype is not None else np.int64)
         new.expand_and_join(graph.add_initializer(model, f"attention_mask{PREFIX}", ones), mask, axis=1)
@@ -143,15 +147,9 @@ class _Builder:
         graph.insert_before(self._model.graph[0], self._nodes)
 
 
-def _hide(model: ir.Model, present: ir.Value, n: int) -> None:
-    """Leave the first n positions out of a cache that goes out; readers inside keep them."""
+def _hide(model: ir.Model, present: ir.Value, bounds: Sequence[ir.Value]) -> None:
+    """Leave all but these bounds of a Slice out of a cache that goes out; readers inside keep the whole."""
     index = list(model.graph.outputs).index(present)
-    bounds = [
-        graph.add_initializer(model, f"prefix.{name}", np.array([number], dtype=np.int64))
-        if (known := model.graph.initializers.get(f"prefix.{name}")) is None
-        else known
-        for name, number in (("length", n), ("end", np.iinfo(np.int64).max), ("axis", 2))
-    ]
     name = present.name
     present.name = f"{name}.with_prefix"
     visible = ir.node("Slice", [present, *bounds], name=f"{name}.visible")

@@ -103,14 +103,15 @@ class FitActivations:
         """Fill in each quantizer's candidates and their errors."""
         session = Session(model, outputs=list(dict.fromkeys(entry.x.name or "" for entry in quantizers)))
         ranges = {entry.x.name or "": TokenRange() for entry in quantizers}
-        with ctx.progress("fitting activations", 2 * len(ctx.search)) as advance:
-            for sample, feed in enumerate(ctx.search):
+        shares = SHARES if self.bits < 8 else ()
+        looked_at = ctx.search if shares else ()
+        with ctx.progress("fitting activations", len(looked_at) + len(ctx.search)) as advance:
+            for sample, feed in enumerate(looked_at):
                 for name, array in session.run(feed).items():
                     ranges[name].update(rows_of(array, padding_mask(feed)), sample)
                 advance()
             for entry in quantizers:
                 seen = ranges[entry.x.name or ""]
-                shares = SHARES if self.bits < 8 else ()
                 clipped = [schemes.activation_grid(*seen.quantiles(1 - share), self.bits) for share in shares]
                 entry.grids = list(dict.fromkeys([current_grid(entry.node, self.bits), *clipped]))
                 entry.errors = np.zeros(len(entry.grids))
