@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Pass, Pipeline
-from scalefold.compiler.recipe import Recipe, Target
+from scalefold.compiler.recipe import Activations, Exceptions, Recipe, Target
 from scalefold.passes.bake_prefix import BakePrefix
 from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.fit_activations import FitActivations
@@ -14,12 +15,14 @@ from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
 from scalefold.passes.migrate_outliers import MigrateOutliers
 from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.normalize_linear import NormalizeLinear
+from scalefold.passes.pack_weights import PackWeights
 from scalefold.passes.quantize_bias import QuantizeBias
 from scalefold.passes.quantize_embeddings import QuantizeEmbeddings
 from scalefold.passes.quantize_weights import QuantizeWeights
 from scalefold.passes.recover_gelu import RecoverGelu
 from scalefold.passes.recover_layer_norm import RecoverLayerNorm
 from scalefold.passes.recover_rms_norm import RecoverRmsNorm
+from scalefold.passes.recover_rotary import RecoverRotary
 from scalefold.passes.share_weights import ShareWeights
 from scalefold.passes.shield_layer_norm import ShieldLayerNorm
 from scalefold.passes.tie_embeddings import TieEmbeddings
@@ -34,27 +37,30 @@ NORMALIZE: tuple[Pass, ...] = (
     ShareWeights(),
     NameLayers(),
 )
+SEARCHED_BITS = 6
+"""Fewest weight bits that migration searches with: it rounds to the nearest, and solvers for fewer bits do better."""
+
 LOWER: dict[Target, tuple[Pass, ...]] = {
-    "onnxruntime-cpu": (FuseAttention(), FoldShift(), LowerIntegerMatmul(), ShieldLayerNorm()),
+    "onnxruntime-cpu": (RecoverRotary(), FuseAttention(), FoldShift(), LowerIntegerMatmul(), ShieldLayerNorm()),
     "qdq": (QuantizeBias(),),
 }
 
 
 def pipeline(recipe: Recipe) -> Pipeline:
     """The passes of a recipe, in order."""
-    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), LOWER[recipe.target])
+    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), _lower(recipe))
 
 
 def _transform(recipe: Recipe) -> tuple[Pass, ...]:
-    prefix, migration = recipe.prefix, recipe.migration
+    prefix, migration, activations = recipe.prefix, recipe.migration, recipe.activations
     passes: list[Pass] = []
     if prefix is not None:
         passes.append(BakePrefix(prefix.candidates, prefix.reduction))
-    if migration is not None:
+    if migration is not None and activations is not None:
         passes.append(
             MigrateOutliers(
-                weight_bits=recipe.weights.bits,
-                activation_bits=recipe.activations.bits,
+                weight_bits=max(recipe.weights.bits, SEARCHED_BITS),
+                activation_bits=activations.bits,
                 shift=migration.shift,
                 scale=migration.scale,
                 grid=migration.grid,
@@ -70,26 +76,32 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
 
 
 def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
-    activations = recipe.activations
+    activations, weights = recipe.activations, recipe.weights
+    met = 8 if activations is None else activations.bits
     passes: list[Pass] = []
-    if recipe.embeddings is not None and recipe.embeddings.bits == recipe.weights.bits:
-        passes.append(TieEmbeddings(recipe.weights.bits, activations.bits, recipe.include, recipe.exclude))
-    passes += [
-        QuantizeWeights(recipe.weights.bits, activations.bits, recipe.include, recipe.exclude),
-        InsertQdq(activations.bits, activations.granularity, activations.per_token),
-    ]
-    if activations.clipping:
-        passes.append(
-            ClipRanges(activations.clipping, activations.clipping_step, activations.bits, activations.clipping_refine)
-        )
-        passes.append(_fitted(recipe))
     if recipe.embeddings is not None:
-        passes.append(QuantizeEmbeddings(bits=recipe.embeddings.bits))
+        passes.append(TieEmbeddings(weights, recipe.embeddings.bits, met, recipe.include, recipe.exclude))
+    passes.append(QuantizeWeights(weights, met, recipe.include, recipe.exclude))
+    if activations is not None:
+        passes.append(InsertQdq(activations.bits, activations.granularity, activations.per_token))
+        passes += _fitted(activations, recipe.exceptions)
+    if recipe.embeddings is not None:
+        passes.append(QuantizeEmbeddings(recipe.embeddings.weight))
     return tuple(passes)
 
 
-def _fitted(recipe: Recipe) -> FitActivations:
-    exceptions = recipe.exceptions
-    if exceptions is None:
-        return FitActivations(bits=recipe.activations.bits)
-    return FitActivations(recipe.activations.bits, exceptions.divergence, exceptions.per_token_share)
+def _fitted(activations: Activations, exceptions: Exceptions | None) -> list[Pass]:
+    bits, clipping = activations.bits, activations.clipping
+    if not clipping:
+        return []
+    fit = FitActivations(bits)
+    if exceptions is not None:
+        fit = FitActivations(bits, exceptions.divergence, exceptions.per_token_share)
+    return [ClipRanges(clipping, activations.clipping_step, bits, activations.clipping_refine), fit]
+
+
+def _lower(recipe: Recipe) -> tuple[Pass, ...]:
+    passes = LOWER[recipe.target]
+    if recipe.activations is None:
+        passes = tuple(entry for entry in passes if Fact.QDQ not in entry.requires)
+    return (*passes, PackWeights()) if recipe.weights.packed else passes

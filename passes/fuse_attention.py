@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,12 +23,23 @@ NEARLY_LOWEST = -1e38
 
 @dataclass(frozen=True)
 class _Heads:
-    """A [B, S, H*D] activation that is split into heads, and the number it is multiplied with."""
+    """A [B, S, H*D] activation that is split into heads, the number it is multiplied with, and what is done to the heads.
+
+    Attributes:
+        x: [B, S, H*D].
+        heads: H.
+        size: D.
+        factor: what the heads are multiplied with.
+        rotary: the RotaryEmbedding that turns them.
+        cache: the Concat that puts them behind those of earlier tokens.
+    """
 
     x: ir.Value
     heads: int
     size: int
     factor: float
+    rotary: ir.Node | None = None
+    cache: ir.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,11 @@ class FuseAttention:
              heads(x) = Transpose(Reshape(x, [B, S, H, D]), [0, 2, 1, 3])
     after:   Attention(q, k, v, mask; q_num_heads = H, kv_num_heads = H, scale = c)
 
-    q, k, v and the result are [B, S, H*D]; the mask is additive, [B, 1, S, S], expanded once when it is [B, 1, 1, S]. The
+    before:  keys = Concat(past, RotaryEmbedding(heads(k))),  values = Concat(past', heads(v)), both repeated H / G times
+    after:   y, keys, values = Attention(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past, past'; kv_num_heads = G)
+
+    q, k, v and the result are [B, S, H*D]; the mask is additive, [B, 1, S, T], expanded once when it is [B, 1, 1, T];
+    T = P + S where P earlier tokens are in the cache, [B, G, P, D]. The
     operator gives zero for a row whose every key carries the lowest float32; that is what the exporter's Where around
     the core does, which goes. Without such a Where the mask is raised to -1e38, so that the row stays the mean of the
     values. The same holds for a mask of minus infinity whose NaN probabilities are set to zero, as the TorchScript exporter
@@ -76,6 +91,8 @@ class FuseAttention:
         if rewrites:
             graph.sweep(model)
             graph.require_opset(model, "", 23)
+            assert isinstance(model.graph, ir.Graph)
+            model.graph.sort()  # the cache now comes out of the operator, behind some of its readers
         return PassResult(tuple(rewrites), tuple(declined))
 
 
@@ -92,10 +109,12 @@ def _match(softmax: ir.Node) -> _Core | str:
     value = _heads(weighted.inputs[1])
     if query is None or key is None or value is None:
         return "queries, keys and values are not heads of three-dimensional activations"
-    if len({(part.heads, part.size) for part in (query, key, value)}) > 1:
-        return "queries, keys and values differ in heads"
+    if obstacle := _mismatch(query, key, value):
+        return obstacle
     if mask is not None and graph.rank(mask) != 4:
         return "the mask is not four-dimensional"
+    if mask is not None and key.cache in graph.ancestors(mask, lambda _: False):
+        return "its mask is computed from its cache"
     if cleared:
         barrier = _barrier(mask)
         if barrier is None:
@@ -109,6 +128,17 @@ def _match(softmax: ir.Node) -> _Core | str:
     if end is None:
         return "the heads are not joined behind it"
     return _Core(query, key, value, mask, factor * query.factor * key.factor, cleared or guard is not None, end)
+
+
+def _mismatch(query: _Heads, key: _Heads, value: _Heads) -> str | None:
+    """Why these cannot meet in one operator, or None."""
+    if len({part.size for part in (query, key, value)}) > 1 or key.heads != value.heads or query.heads % key.heads:
+        return "queries, keys and values differ in heads"
+    if query.cache is not None or (key.cache is None) != (value.cache is None):
+        return "not keys and values both, and they alone, have a cache"
+    if key.cache is None and key.heads != query.heads:
+        return "keys and values are repeated, but not from a cache"
+    return "values are rotated" if value.rotary is not None else None
 
 
 def _without_nan(softmax: ir.Node) -> tuple[ir.Value, bool]:
@@ -161,12 +191,40 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 
 def _heads(value: ir.Value | None) -> _Heads | None:
-    """heads(x), possibly scaled."""
+    """heads(x), possibly scaled, rotated, behind a cache and repeated."""
     inner, factor = _unscaled(value)
+    inner = _unrepeated(inner)
+    cache = graph.producer(inner, "Concat")
+    if cache is not None:
+        if len(cache.inputs) != 2 or graph.attribute(cache, "axis") not in (-2, 2):
+            return None
+        inner = cache.inputs[1]
+    rotary = graph.producer(inner, "RotaryEmbedding")
+    if rotary is not None:
+        if len(rotary.inputs) != 3 or rotary.attributes:
+            return None
+        inner = rotary.inputs[0]
     transpose = graph.producer(inner, "Transpose")
     if transpose is None or _permutation(transpose) != (0, 2, 1, 3):
         return None
-    return _split(transpose.inputs[0], factor)
+    found = _split(transpose.inputs[0], factor)
+    return None if found is None else replace(found, rotary=rotary, cache=cache)
+
+
+def _unrepeated(value: ir.Value | None) -> ir.Value | None:
+    """The x [B, G, T, D] of x whose heads are each repeated in place: Reshape(Expand(Unsqueeze(x, 2)), [B, H, T, D])."""
+    merge = graph.producer(value, "Reshape")
+    expand = graph.producer(merge.inputs[0], "Expand") if merge is not None else None
+    lift = graph.producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    if merge is None or expand is None or lift is None or graph.scalar(lift.inputs[1]) != 2:
+        return value
+    x, wide, flat = lift.inputs[0], expand.outputs[0].shape, merge.outputs[0].shape
+    shape = x.shape if x is not None else None
+    if wide is None or flat is None or len(wide) != 5 or len(flat) != 4 or (shape is not None and len(shape) != 4):
+        return value
+    groups, repeats = wide[1], wide[2]
+    whole = isinstance(groups, int) and isinstance(repeats, int) and flat[1] == groups * repeats and wide[4] == flat[3]
+    return x if whole else value
 
 
 def _keys(value: ir.Value | None) -> _Heads | None:
@@ -185,7 +243,7 @@ def _keys(value: ir.Value | None) -> _Heads | None:
         found = _heads(node.inputs[0])
     else:
         return None
-    return None if found is None else _Heads(found.x, found.heads, found.size, found.factor * factor)
+    return None if found is None else replace(found, factor=found.factor * factor)
 
 
 def _split(value: ir.Value | None, factor: float) -> _Heads | None:
@@ -288,19 +346,37 @@ def _fuse(
 ) -> ir.Node:
     last = core.end.producer()
     assert last is not None
-    inputs = [core.query.x, core.key.x, core.value.x]
-    if core.mask is not None:
-        inputs.append(_prepared(model, core, masks))
-    attributes: dict[str, int | float] = {"q_num_heads": core.query.heads, "kv_num_heads": core.query.heads}
+    name = softmax.name or core.end.name
+    turned = [_turned(part, f"{name}.{kind}") for kind, part in (("query", core.query), ("key", core.key))]
+    inputs: list[ir.Value | None] = [*(value for value, _ in turned), core.value.x]
+    caches = [cache for cache in (core.key.cache, core.value.cache) if cache is not None]
+    if core.mask is not None or caches:
+        inputs.append(None if core.mask is None else _prepared(model, core, masks))
+    inputs += [cache.inputs[0] for cache in caches]
+    attributes: dict[str, int | float] = {"q_num_heads": core.query.heads, "kv_num_heads": core.key.heads}
     if not math.isclose(core.factor, core.query.size**-0.5, rel_tol=1e-6):
         attributes["scale"] = core.factor
-    fused = ir.node("Attention", inputs, attributes, name=f"{softmax.name or core.end.name}.attention")
-    graph.like(fused.outputs[0], core.end)
-    graph.insert_after(last, [fused])
-    name = core.end.name
-    graph.bypass(core.end, fused.outputs[0])
-    core.end.name, fused.outputs[0].name = f"{name}_joined", name
+    fused = ir.node("Attention", inputs, attributes, num_outputs=1 + len(caches), name=f"{name}.attention")
+    graph.insert_after(last, [*(node for _, node in turned if node is not None), fused])
+    for old, new in zip([core.end, *(cache.outputs[0] for cache in caches)], fused.outputs, strict=True):
+        _take_over(old, new)
     return fused
+
+
+def _turned(part: _Heads, name: str) -> tuple[ir.Value, ir.Node | None]:
+    """The x [B, S, H*D] as the operator takes it, and the RotaryEmbedding that turns it there, if any."""
+    if part.rotary is None:
+        return part.x, None
+    rotary = ir.node("RotaryEmbedding", [part.x, *part.rotary.inputs[1:]], {"num_heads": part.heads}, name=name)
+    return graph.like(rotary.outputs[0], part.x), rotary
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand for `old`, under its name."""
+    graph.like(new, old)
+    name = old.name
+    graph.bypass(old, new)
+    old.name, new.name = f"{name}_joined", name
 
 
 def _prepared(model: ir.Model, core: _Core, masks: dict[tuple[ir.Value, bool, object], ir.Value]) -> ir.Value:

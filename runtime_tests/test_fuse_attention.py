@@ -387,3 +387,95 @@ def test_one_prepared_mask_serves_layers_with_other_numbers_of_queries() -> None
         "mask": additive(padded()),
     }
     check_pass(FuseAttention(), before=before, feeds=[feed])
+
+
+# A decoder: keys turned by position, behind those of earlier tokens, each of two for two of the four queries.
+DECODER_INPUTS = (
+    "float[b, s, 16] q, float[b, s, 8] k, float[b, s, 8] v, float[b, s, 2] c, float[b, s, 2] n,"
+    " float[b, 2, p, 4] past_k, float[b, 2, p, 4] past_v, float[b, 1, s, t] mask"
+)
+TURNED = (
+    "q4 = Reshape(q, split_q)  qh = Transpose<perm = [0, 2, 1, 3]>(q4)  qt = RotaryEmbedding(qh, c, n) "
+    "k4 = Reshape(k, split)  kh = Transpose<perm = [0, 2, 1, 3]>(k4)  kt = RotaryEmbedding(kh, c, n) "
+    "v4 = Reshape(v, split)  vh = Transpose<perm = [0, 2, 1, 3]>(v4) "
+)
+CACHED = "keys = Concat<axis = -2>(past_k, kt)  values = Concat<axis = -2>(past_v, vh) "
+REPEATED = (
+    "b1 = Shape<start = 0, end = 1>(keys)  t1 = Shape<start = 2, end = 3>(keys)"
+    "  wide = Concat<axis = 0>(b1, two, two, t1, four)  flat = Concat<axis = 0>(b1, four, t1, four)"
+    "  ku = Unsqueeze(keys, two)  ke = Expand(ku, wide)  kr = Reshape(ke, flat)"
+    "  vu = Unsqueeze(values, two)  ve = Expand(vu, wide)  vr = Reshape(ve, flat) "
+)
+SCORED = (
+    "kx = Transpose<perm = [0, 1, 3, 2]>(kr)  scores = MatMul(qt, kx)  scaled = Div(scores, width)"
+    "  total = Add(scaled, mask)  p = Softmax<axis = -1>(total)  m = MatMul(p, vr)"
+    "  tr = Transpose<perm = [0, 2, 1, 3]>(m)  y = Reshape(tr, join_q)"
+)
+DECODER_CONSTANTS = (
+    "<int64[4] split = {0, 0, 2, 4}, int64[4] split_q = {0, 0, 4, 4}, int64[3] join_q = {0, 0, 16},"
+    " int64[1] two = {2}, int64[1] four = {4}, float width = {2.0}, float lowest = {-1e38}>"
+)
+
+
+def decoder(body: str) -> str:
+    return (
+        f'<ir_version: 10, opset_import: ["" : 23]>\nmodel ({DECODER_INPUTS}) => (float[b, s, 16] y,'
+        " float[b, 2, t, 4] keys, float[b, 2, t, 4] values)"
+        f"{DECODER_CONSTANTS.replace('>', ', float[b, 2, 2, t, 4] ke, float[b, 2, 2, t, 4] ve,')}"
+        f" float[b, 4, t, 4] kr, float[b, 4, t, 4] vr>{{{body}}}"
+    )
+
+
+def decoder_feeds() -> list[Feed]:
+    generator = np.random.default_rng(8)
+    found: list[Feed] = []
+    for s, p in ((5, 0), (1, 4), (3, 2)):
+        shapes = {"q": (2, s, 16), "k": (2, s, 8), "v": (2, s, 8), "c": (2, s, 2), "n": (2, s, 2)}
+        feed = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for name in ("past_k", "past_v"):
+            feed[name] = generator.standard_normal((2, 2, p, 4)).astype(np.float32)
+        later = np.arange(s + p)[None, :] > np.arange(s)[:, None] + p
+        feed["mask"] = np.broadcast_to(np.where(later, np.float32(LOWEST), np.float32(0)), (2, 1, s, s + p)).copy()
+        found.append(feed)
+    return found
+
+
+def test_attention_with_a_cache_and_repeated_rotated_keys_becomes_one_operator() -> None:
+    after = (
+        "raised = Max(mask, lowest)  turned_q = RotaryEmbedding<num_heads = 4>(q, c, n)"
+        "  turned_k = RotaryEmbedding<num_heads = 2>(k, c, n)"
+        "  y, keys, values = Attention<q_num_heads = 4, kv_num_heads = 2>(turned_q, turned_k, v, raised, past_k, past_v)"
+    )
+    check_pass(
+        FuseAttention(),
+        before=decoder(TURNED + CACHED + REPEATED + SCORED),
+        after=decoder(after),
+        feeds=decoder_feeds(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("values = Concat<axis = -2>(past_v, vh)", "values = Neg(vh)", "queries, keys and values are not heads"),
+        ("values = Concat<axis = -2>(past_v, vh)", "values = Concat<axis = -2>(past_v, kt)", "values are rotated"),
+        ("axis = -2>(past_k, kt)", "axis = -2>(past_k, kt, past_v)", "queries, keys and values are not heads"),
+        ("qt = RotaryEmbedding(qh, c, n)", "qt = Concat<axis = 2>(past_q, qh)", "not keys and values both"),
+    ],
+)
+def test_caches_that_the_operator_does_not_have_are_declined(old: str, new: str, reason: str) -> None:
+    body = (TURNED + CACHED + REPEATED + SCORED).replace(old, new)
+    before = decoder("past_q = Concat<axis = 1>(past_k, past_v)" + body)
+    result = check_pass(FuseAttention(), before=before, after=before, feeds=[])
+    assert len(result.declined) == 1 and result.declined[0].reason.startswith(reason)
+
+
+def test_a_mask_that_is_computed_from_the_cache_is_declined() -> None:
+    body = TURNED + CACHED + REPEATED + SCORED.replace("Add(scaled, mask)", "Add(scaled, seen)")
+    seen = (
+        "tail = ReduceMean<keepdims = 1>(keys, two)  zero = Sub(tail, tail)"
+        "  less = ReduceSum<keepdims = 0>(zero)  seen = Add(mask, less) "
+    )
+    before = decoder(body.replace("kx = ", seen + "kx = "))
+    result = check_pass(FuseAttention(), before=before, after=before, feeds=[])
+    assert [event.reason for event in result.declined] == ["its mask is computed from its cache"]
