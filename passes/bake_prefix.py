@@ -59,7 +59,7 @@ class BakePrefix:
         decoder = decoder_of(model)
         anchor = graph.consumers(_inputs(model)[next(iter(decoder.cache))])[0]
         names = list(dict.fromkeys(layer.x.name or "" for layer in graph.linear_layers(model)))
-        session = Session(model, outputs=[LOGITS, *names])
+        session = Session(model, outputs=[LOGITS, *names], lean=True)
         prompts = [
             feed["input_ids"][:1, start : start + LOOK]
             for feed in ctx.search
@@ -87,7 +87,7 @@ def bake(model: ir.Model, tokens: Sequence[int]) -> None:
     """Bake the keys and values of these tokens into a decoder's graph, which must have no prefix yet."""
     decoder, inputs = decoder_of(model), _inputs(model)
     n = len(tokens)
-    states = Session(model, outputs=list(decoder.outputs.values())).run(decoder.prompt_feed(np.array([tokens])))
+    states = Session(model, outputs=list(decoder.outputs.values()), lean=True).run(decoder.prompt_feed(np.array([tokens])))
     new = _Builder(model, inputs["input_ids"])
     bounds = [
         graph.add_initializer(model, f"prefix.{name}", np.array([number], dtype=np.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -70,13 +70,17 @@ class FitActivations:
     directions (Johnson and Lindenstrauss 1984), which costs a small part of a product; at 8 bits it stays that of all
     tokens. Then, while the logits diverge from the float model's by more than the target, the layers whose products lose
     most get a range per token, worst first and twice as many at each step, within the share of multiply-adds that may be
-    so.
+    so. Where they diverge by more than a second, larger target even then, the worst of the other layers stay in float:
+
+    after:   MatMul(x, W)
 
     Attributes:
         bits: bits of the activations.
         target: Kullback-Leibler divergence of the logits, in nats per token, that is good enough; None never turns to
             ranges per token.
         per_token_share: largest share of the linear multiply-adds that may get a range per token.
+        float_target: divergence above which layers are left in float, once ranges per token are given out.
+        float_share: largest share of the linear multiply-adds that may be left in float.
     """
 
     name: ClassVar[str] = "fit-activations"
@@ -87,6 +91,8 @@ class FitActivations:
     bits: int = 8
     target: float | None = None
     per_token_share: float = 0.25
+    float_target: float = 0.1
+    float_share: float = 0.05
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fit every static quantizer of a decoder; another model is left alone."""
@@ -101,7 +107,8 @@ class FitActivations:
 
     def _judge(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context) -> None:
         """Fill in each quantizer's candidates and their errors."""
-        session = Session(model, outputs=list(dict.fromkeys(entry.x.name or "" for entry in quantizers)))
+        names = list(dict.fromkeys(entry.x.name or "" for entry in quantizers))
+        session = Session(model, outputs=names, lean=True)
         ranges = {entry.x.name or "": TokenRange() for entry in quantizers}
         shares = SHARES if self.bits < 8 else ()
         looked_at = ctx.search if shares else ()
@@ -147,27 +154,27 @@ class FitActivations:
         return rewrites, declined
 
     def _relax(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context, target: float) -> list[Event]:
-        """Give ranges per token to the layers that lose most, until the logits are close enough."""
-        allowed = self.per_token_share * _all_operations(model)
-        gaining = [entry for entry in quantizers if entry.error_per_token < 0.5 * entry.errors.min()]
-        waiting = sorted(gaining, key=lambda entry: -entry.least())
-        logits = _Logits(ctx)
+        """Give ranges per token to the layers that lose most, then leave others in float, until the logits are close."""
+        logits, operations = _Logits(ctx), _all_operations(model)
         found = logits.divergence(model)
+        gaining = [entry for entry in quantizers if entry.error_per_token < 0.5 * entry.errors.min()]
         events: list[Event] = []
-        step = max(1, len(quantizers) // 32)
-        with ctx.progress("choosing layers per token", len(waiting)) as advance:
-            while waiting and found > target:
-                chosen: list[_Quantizer] = []
-                while waiting and len(chosen) < step:
-                    entry = waiting.pop(0)
-                    advance()
-                    if entry.operations <= allowed:
-                        allowed -= entry.operations
-                        chosen.append(entry)
-                for entry in chosen:
-                    events.append(self._per_token(model, entry, found))
-                found = logits.divergence(model) if chosen else found
-                step *= 2
+        with ctx.progress("choosing layers per token", len(gaining)) as advance:
+            for chosen in _batches(gaining, len(quantizers), self.per_token_share * operations, advance):
+                if found <= target:
+                    break
+                events += [self._per_token(model, entry, found) for entry in chosen]
+                found = logits.divergence(model)
+        if found <= self.float_target:
+            return events
+        relaxed = {event.node for event in events}
+        static = [entry for entry in quantizers if entry.readers[0] not in relaxed]
+        with ctx.progress("choosing float layers", len(static)) as advance:
+            for chosen in _batches(static, len(quantizers), self.float_share * operations, advance):
+                if found <= self.float_target:
+                    break
+                events += [_leave_in_float(model, entry, ctx, found) for entry in chosen]
+                found = logits.divergence(model)
         return events
 
     def _per_token(self, model: ir.Model, entry: _Quantizer, before: float) -> Event:
@@ -181,6 +188,37 @@ class FitActivations:
             "divergence_before": before,
         }
         return Event(entry.readers[0], "no static range holds it: per token", figures)
+
+
+def _batches(
+    entries: Sequence[_Quantizer], count: int, allowed: float, advance: Callable[[], None]
+) -> Iterator[list[_Quantizer]]:
+    """The entries worst first, twice as many each time, as long as their multiply-adds are within what is allowed."""
+    waiting = sorted(entries, key=lambda entry: -entry.least())
+    step = max(1, count // 32)
+    while waiting:
+        chosen: list[_Quantizer] = []
+        while waiting and len(chosen) < step:
+            entry = waiting.pop(0)
+            advance()
+            if entry.operations <= allowed:
+                allowed -= entry.operations
+                chosen.append(entry)
+        if chosen:
+            yield chosen
+        step *= 2
+
+
+def _leave_in_float(model: ir.Model, entry: _Quantizer, ctx: Context, before: float) -> Event:
+    assert ctx.float_model is not None
+    weights = {layer.name: layer for layer in graph.linear_layers(ctx.float_model)}
+    for reader in entry.readers:
+        layer = weights[reader.name or ""]
+        reader.replace_input_with(0, entry.x)
+        reader.replace_input_with(1, graph.add_initializer(model, f"{layer.name}.float_weight", layer.weights()))
+    graph.sweep(model)
+    figures = {"sqnr_db_static": _decibels(entry.least()), "divergence_before": before}
+    return Event(entry.readers[0], "no integers hold it: in float", figures)
 
 
 def _static_quantizers(model: ir.Model) -> list[_Quantizer]:

@@ -114,3 +114,33 @@ def test_a_second_run_changes_nothing(quantized: tuple[ir.Model, Context]) -> No
     model, context = quantized
     FitActivations(target=1e-9).run(model, context)
     assert not FitActivations(target=1e-9).run(model, context).changed
+
+
+def in_float(model: ir.Model) -> list[str]:
+    return [layer.name for layer in graph.linear_layers(model)]
+
+
+def test_layers_stay_in_float_where_even_ranges_per_token_are_not_enough(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    before = loss(model, context)
+    result = FitActivations(target=1e-9, per_token_share=0, float_target=1e-9, float_share=0.5).run(model, context)
+    left = [event.where for event in result.rewrites if "float" in event.reason]
+    assert SPIKED in left and set(left) <= set(in_float(model))
+    assert loss(model, context) < before
+
+
+def test_no_more_than_the_share_stays_in_float(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    sizes = {
+        node.name: int(np.prod(graph.whole_shape(node.inputs[1])))
+        for node in graph.nodes(model, "MatMul")
+        if graph.producer(node.inputs[1]) and node.inputs[1]
+    }
+    FitActivations(target=1e-9, per_token_share=0, float_target=1e-9, float_share=0.2).run(model, context)
+    assert 0 < sum(sizes[name] for name in in_float(model)) <= 0.2 * sum(sizes.values())
+
+
+def test_no_layer_stays_in_float_where_the_logits_are_close_enough(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(target=1e-9, float_target=100.0).run(model, context)
+    assert not in_float(model)
