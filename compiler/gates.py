@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from scalefold.compiler import graph, schemes
+from scalefold.compiler import graph, saturation
 from scalefold.compiler.calibrate import padding_mask
 from scalefold.compiler.decoder import LOGITS, TOKEN_FEEDS, Decoder, decoder_of, is_decoder
 from scalefold.compiler.errors import KernelError
@@ -115,7 +115,7 @@ def no_saturation(model: ir.Model) -> Gate:
         if node.op_type == "DequantizeLinear" and graph.attribute(node, "axis", 1) not in (1, -1):
             continue
         seen.add(codes)
-        saturating = schemes.can_saturate(array.astype(np.int8, copy=False))
+        saturating = saturation.can_saturate(array.astype(np.int8, copy=False))
         columns += saturating
         if saturating:
             layers.append(node.name or codes.name or "")

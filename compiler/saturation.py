@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scalefold.compiler.schemes import INT16_MAX
-
 INT8_MAX = 127
+INT16_MAX = 32767
 
 
 def pair_limit(activation_bits: int | None) -> int:
@@ -21,7 +20,7 @@ def pair_limit(activation_bits: int | None) -> int:
 
 def largest_pair(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """Per column of [K, N], the largest |a| + |b| over neighbouring rows of one sign: [N]."""
-    even, odd = weight[0::2].astype(np.float32), weight[1::2].astype(np.float32)
+    even, odd = (np.asarray(weight[start::2], dtype=np.float32) for start in (0, 1))
     even = even[: odd.shape[0]]
     positive = (np.maximum(even, 0) + np.maximum(odd, 0)).max(axis=0, initial=0)
     negative = (np.minimum(even, 0) + np.minimum(odd, 0)).min(axis=0, initial=0)
@@ -31,6 +30,11 @@ def largest_pair(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
 def saturating(integers: npt.NDArray[np.generic], activation_bits: int | None) -> npt.NDArray[np.bool_]:
     """Which columns of integers [K, N] hold a pair that is not safe: [N]."""
     return np.asarray(largest_pair(integers) > pair_limit(activation_bits))
+
+
+def can_saturate(integers: npt.NDArray[np.generic], activation_bits: int | None = 8) -> int:
+    """How many columns of integers [K, N] hold a pair that is not safe."""
+    return int(saturating(integers, activation_bits).sum())
 
 
 def level_limits(pairs: npt.NDArray[np.float32], activation_bits: int | None) -> npt.NDArray[np.float32]:

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from scalefold.compiler.saturation import largest_pair, pair_limit
+
 Float = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8] | npt.NDArray[np.int8]
 
-INT16_MAX = 32767
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny) * 1024
 
 
@@ -134,10 +135,10 @@ def column_scales(weight: Float, bits: int = 8, activation_bits: int = 8) -> Flo
     """
     largest = largest_weight_code(bits)
     scales = np.abs(weight).max(axis=0) / np.float32(largest)
-    pair_limit = INT16_MAX // ((1 << activation_bits) - 1)
-    if 2 * largest > pair_limit and weight.shape[0] > 1:
+    limit = pair_limit(activation_bits)
+    if 2 * largest > limit and weight.shape[0] > 1:
         # Rounding may lift each member of a pair by half a step, hence the 1.
-        scales = np.maximum(scales, _largest_pair(weight) / np.float32(pair_limit - 1))
+        scales = np.maximum(scales, largest_pair(weight) / np.float32(limit - 1))
     return np.where(scales > SMALLEST_SCALE, scales, np.float32(1)).astype(np.float32)
 
 
@@ -171,18 +172,3 @@ def bias_codes(bias: Float, scales: Float) -> npt.NDArray[np.int32]:
     """int32 codes of `bias` [N] for `scales` [N] = activation scale x weight scales."""
     limits = np.iinfo(np.int32)
     return np.clip(np.rint(bias.astype(np.float64) / scales), limits.min, limits.max).astype(np.int32)
-
-
-def can_saturate(codes: npt.NDArray[np.int8], activation_bits: int = 8) -> int:
-    """How many columns of int8 codes [K, N] hold a pair that a 16-bit accumulator could saturate."""
-    pair_limit = INT16_MAX // ((1 << activation_bits) - 1)
-    return int((_largest_pair(codes.astype(np.float32)) > pair_limit).sum())
-
-
-def _largest_pair(weight: Float) -> Float:
-    """Per column of [K, N], the largest |a| + |b| over neighbouring rows (2k, 2k+1) of one sign: shape [N]."""
-    even, odd = weight[0::2], weight[1::2]
-    even = even[: odd.shape[0]]
-    positive = (np.maximum(even, 0) + np.maximum(odd, 0)).max(axis=0, initial=0)
-    negative = (np.minimum(even, 0) + np.minimum(odd, 0)).min(axis=0, initial=0)
-    return np.asarray(np.maximum(positive, -negative), dtype=np.float32)

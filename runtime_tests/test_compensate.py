@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scalefold.compiler import schemes
+from scalefold.compiler import saturation
 from scalefold.compiler.compensate import Double, InverseFactor, compensated_codes, fitted_scales
 from scalefold.compiler.nearest_level import nearest_codes
 from scalefold.compiler.schemes import Float
@@ -122,4 +122,4 @@ def test_pairs_that_could_saturate_are_avoided(activation_bits: int | None) -> N
     weight = np.abs(WEIGHT) + np.float32(4)
     codes = compensated_codes(weight, levels, SCALES, InverseFactor.of(HESSIAN), activation_bits)
     integers = levels[0, :, 0][codes]
-    assert (schemes.can_saturate(integers, 8) == 0) is (activation_bits == 8)
+    assert (saturation.can_saturate(integers, 8) == 0) is (activation_bits == 8)

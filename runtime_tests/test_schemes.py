@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from scalefold.compiler import schemes
+from scalefold.compiler import saturation, schemes
 from scalefold.compiler.runtime import Array, Session
 from scalefold.compiler.schemes import Affine, Codes, Float
 
@@ -231,7 +231,7 @@ def test_the_integer_kernel_gives_the_exact_product(kind: str, rows: int, bits: 
 def test_no_column_of_safe_codes_can_saturate(kind: str, rows: int) -> None:
     weight = weights_of(kind, rows)
     codes = schemes.weight_codes(weight, schemes.column_scales(weight))
-    assert schemes.can_saturate(codes) == 0
+    assert saturation.can_saturate(codes) == 0
     even, odd = codes[0 : rows - rows % 2 : 2].astype(np.int64), codes[1::2].astype(np.int64)
     assert np.abs(255 * (even + odd)).max() <= 32767
 
@@ -241,9 +241,9 @@ def test_columns_that_can_saturate_are_counted() -> None:
         [[127, 64, 127, -127, 1, 127], [2, 64, -127, -2, 127, 1], [0, 0, 0, 0, 127, 127], [0, 1, 0, 0, 0, 0]], np.int8
     )
     # 129, 128 (safe), opposite signs (safe), -129, 128 (safe) with its pair (1, 127), and 128
-    assert schemes.can_saturate(codes) == 2
-    assert schemes.can_saturate(codes, activation_bits=7) == 0
-    assert schemes.can_saturate(codes[:1]) == 0
+    assert saturation.can_saturate(codes) == 2
+    assert saturation.can_saturate(codes, activation_bits=7) == 0
+    assert saturation.can_saturate(codes[:1]) == 0
 
 
 def test_an_odd_last_row_meets_nobody_and_is_not_widened() -> None:

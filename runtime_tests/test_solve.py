@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from scalefold.compiler import schemes
+from scalefold.compiler import saturation
 from scalefold.compiler import solve as solve_module
 from scalefold.compiler.errors import ScalefoldError
 from scalefold.compiler.recipe import WeightFormat
@@ -65,7 +65,7 @@ def test_every_format_at_every_width_is_close_and_cannot_saturate(name: str) -> 
     errors = {}
     for bits in (bits for bits in (1, 2, 3, 4, 5, 6, 7, 8) if legal(name, bits)):
         found = solve(WEIGHT, wanted(name, bits), HESSIAN)
-        assert schemes.can_saturate(found.integers()) == 0
+        assert saturation.can_saturate(found.integers()) == 0
         assert found.bits == bits and found.codes.shape == WEIGHT.shape
         errors[bits] = relative_error(WEIGHT, found.dequantized())
     assert errors[4] < 0.12
@@ -76,7 +76,7 @@ def test_every_format_at_every_width_is_close_and_cannot_saturate(name: str) -> 
 def test_activations_of_fewer_bits_leave_levels_up_to_127(activation_bits: int | None) -> None:
     pairs = np.ones((64, 6), np.float32) + GENERATOR.uniform(0, 0.5, (64, 6)).astype(np.float32)
     found = solve(pairs, WeightFormat(format="kmeans", codebook="column", bits=4), None, activation_bits)
-    assert schemes.can_saturate(found.integers(), activation_bits or 1) == 0
+    assert saturation.can_saturate(found.integers(), activation_bits or 1) == 0
     assert bool(found.integers().max() > 64) is (activation_bits != 8)
 
 
@@ -85,7 +85,7 @@ def test_a_column_whose_pairs_leave_room_uses_it() -> None:
     lone[1::2] *= -np.sign(lone[1::2] * lone[0::2])
     found = solve(lone, WeightFormat(format="kmeans", codebook="column", bits=4))
     assert (np.abs(found.integers().astype(int)).max(axis=0) > 100).all()
-    assert schemes.can_saturate(found.integers()) == 0
+    assert saturation.can_saturate(found.integers()) == 0
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
