@@ -7,15 +7,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    NameFixPass,
+    RemoveUnusedOpsetsPass,
+    ShapeInferencePass,
+)
 
+from scalefold.compiler import graph
+from scalefold.compiler.decode_chain import leaves, stored_codes
 from scalefold.compiler.errors import OutputError
+from scalefold.compiler.facts import weight_array, weight_dequantizer
+from scalefold.compiler.intake import read_onnx
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -160,3 +170,109 @@ def _torch_name(dtype: ir.DataType | None) -> str:
 def size_of(folder: Path) -> int:
     """Bytes of the model: the graph and its external data."""
     return sum(path.stat().st_size for path in (folder / MODEL, folder / DATA) if path.is_file())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of content takes up in a model file, read from its constants.
+
+    Attributes:
+        elements: weights or table entries; 0 where that means nothing.
+        code_bytes: bytes of their values or codes.
+        overhead_bytes: bytes of scales, codebooks, sub-scales and alphas.
+    """
+
+    elements: int = 0
+    code_bytes: int = 0
+    overhead_bytes: int = 0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits on disk per element, the overhead included."""
+        return 8 * (self.code_bytes + self.overhead_bytes) / max(self.elements, 1)
+
+    def plus(self, elements: int, codes: int, overhead: int) -> Part:
+        """This part with more in it."""
+        return Part(self.elements + elements, self.code_bytes + codes, self.overhead_bytes + overhead)
+
+
+def parts(folder: Path) -> dict[str, Part]:
+    """What the bytes of a compiled model are: `linear`, `embeddings`, `other` constants, and the `graph` itself.
+
+    A table that is tied to an output layer counts as embeddings.
+    """
+    model = read_onnx(folder / MODEL)
+    ShapeInferencePass()(model)
+    found = {"linear": Part(), "embeddings": Part(), "other": Part()}
+    left = {value: value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value}
+
+    def take(values: Iterable[ir.Value]) -> int:
+        return sum(left.pop(value, 0) for value in values)
+
+    rows: set[ir.Value] = set()
+    for gather in graph.nodes(model, "Gather"):
+        if (is_codes := _looks_up_codes(gather)) is not None and gather.inputs[0] is not None:
+            size = take(gather.inputs[:1])  # type: ignore[arg-type]
+            end = _decoded_rows(gather)
+            fresh = _entries(gather, end) if is_codes and size and end not in rows else 0
+            found["embeddings"] = found["embeddings"].plus(fresh, size * is_codes, size * (not is_codes))
+            rows.add(end)
+    for node in model.graph:
+        weight, scales = _weight_of(node)
+        if weight is not None:
+            codes = take(stored_codes(weight))
+            overhead = take([*leaves(weight), *scales])
+            found["linear"] = found["linear"].plus(_elements(node, weight) if codes else 0, codes, overhead)
+    found["other"] = Part(code_bytes=sum(left.values()))
+    return found | {"graph": Part(code_bytes=size_of(folder) - sum(_bytes(part) for part in found.values()))}
+
+
+def _bytes(part: Part) -> int:
+    return part.code_bytes + part.overhead_bytes
+
+
+def _looks_up_codes(gather: ir.Node) -> bool | None:
+    """Whether a Gather looks up rows of values or codes at run time, or what belongs to them; None for other Gathers."""
+    table, ids = gather.inputs[:2]
+    if table is None or not table.is_initializer() or ids is None or graph.constant(ids) is not None:
+        return None
+    shape, readers = graph.whole_shape(table), graph.consumers(gather.outputs[0])
+    if len(shape) < 2 or graph.attribute(gather, "axis", 0) != 0:
+        return None
+    if table.dtype == ir.DataType.FLOAT:
+        return shape[1] > 1
+    return bool(readers) and readers[0].op_type in ("BitShift", "Cast")
+
+
+def _decoded_rows(gather: ir.Node) -> ir.Value:
+    """The float rows that what a Gather looks up ends in."""
+    value = gather.outputs[0]
+    while value.dtype != ir.DataType.FLOAT and (readers := graph.consumers(value)):
+        value = readers[0].outputs[0]
+    return value
+
+
+def _entries(gather: ir.Node, rows: ir.Value) -> int:
+    table, width = gather.inputs[0], rows.shape[-1] if rows.shape is not None else None
+    return graph.whole_shape(table)[0] * width if table is not None and isinstance(width, int) else 0
+
+
+def _weight_of(node: ir.Node) -> tuple[ir.Value | None, list[ir.Value]]:
+    """The constant weight of a linear layer, or what decodes to it, and its scales and zero points."""
+    if node.op_type in ("MatMulIntegerToFloat", "MatMulNBits"):
+        places = (3,) if node.op_type == "MatMulIntegerToFloat" else (2, 3)
+        found = [node.inputs[place] for place in places if place < len(node.inputs)]
+        return node.inputs[1], [entry for entry in found if entry is not None]
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None, []
+    if (dequantize := weight_dequantizer(node)) is not None:
+        return dequantize.inputs[0], [entry for entry in dequantize.inputs[1:] if entry is not None]
+    weight = node.inputs[1]
+    return (weight if weight is not None and weight.is_initializer() and graph.rank(weight) == 2 else None), []
+
+
+def _elements(node: ir.Node, weight: ir.Value) -> int:
+    if node.op_type == "MatMulNBits":
+        return int(str(graph.attribute(node, "K"))) * int(str(graph.attribute(node, "N")))
+    array = weight_array(weight)
+    return 0 if array is None else int(array.size)

@@ -83,7 +83,7 @@ def _blocks(k: int, n: int, block: int) -> ir.Model:
 
 def _constant(name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
 
 
 def _output(node: ir.Node, name: str) -> ir.Value:

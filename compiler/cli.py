@@ -1,4 +1,4 @@
-"""The command line: compile, verify, inspect, eval, generate, recipes."""
+"""The command line: compile, verify, inspect, diff, eval, generate, recipes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from scalefold.compiler import artifact, evaluate, graph, verify
+from scalefold.compiler import artifact, calibrate, evaluate, graph, verify
+from scalefold.compiler.diff import diff_files
 from scalefold.compiler.driver import CompileReport, compile_model, open_source, reference_models
 from scalefold.compiler.errors import InterruptError, ScalefoldError, SourceError
+from scalefold.compiler.gates import PARITY_TOKENS, Gate, require_gates, run_gates
 from scalefold.compiler.generate import Generator, Sampling
-from scalefold.compiler.recipe import Target, load_recipe, named_recipes
-from scalefold.compiler.runtime import inputs_of
+from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.recipe import Profile, Target, load_recipe, named_recipes
+from scalefold.compiler.runtime import Session, inputs_of
 
 app = typer.Typer(
     name="scalefold",
@@ -70,12 +73,30 @@ def compile_command(
     allow_float: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers that may miss their integer kernel.")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="What 4-bit linear weights run on: throughput (the integer kernel, the default), decode (blocks, read as"
+            " stored), or balanced (measured here at --rows)."
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Number of rows at which balanced measures; may be repeated.")
+    ] = None,
+    max_float_fraction: Annotated[
+        float | None,
+        typer.Option(help="Largest share of the linear multiply-adds left in float; default: what the recipe says."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compile SOURCE to a folder with a quantized model, its tokenizer and the proof of what it became."""
     if target not in (None, "onnxruntime-cpu", "qdq"):
         raise SourceError(f"there is no target {target!r}", where="--target", remedy="choose onnxruntime-cpu or qdq")
+    if profile not in (None, *get_args(Profile)):
+        raise SourceError(
+            f"there is no profile {profile!r}", where="--profile", remedy=f"choose {', '.join(get_args(Profile))}"
+        )
     with _progress(quiet=as_json) as progress:
         report = compile_model(
             source,
@@ -88,6 +109,9 @@ def compile_command(
             include=include or (),
             exclude=exclude or (),
             allow_float=allow_float or (),
+            max_float_fraction=max_float_fraction,
+            profile=cast(Profile | None, profile),
+            rows=rows or (),
             dry_run=dry_run,
             progress=progress,
         )
@@ -103,6 +127,12 @@ def verify_command(
     allow_float: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers that may miss their integer kernel.")
     ] = None,
+    gates: Annotated[
+        bool,
+        typer.Option(
+            help="Also run it: alone and in a batch, with and without its cache; look for saturating weights."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Load a compiled model with onnxruntime on this machine and say which kernel every linear layer gets."""
@@ -111,7 +141,9 @@ def verify_command(
         raise SourceError("there is no model.onnx in it", where=str(folder), remedy="give a compiled folder")
     recorded = artifact.read_record(folder) if folder.is_dir() else {}
     sqnr = {layer["name"]: layer["sqnr_db"] for layer in recorded.get("layers", [])}
-    kernels = verify.layer_kernels(model)
+    weight_only = recorded.get("recipe", {}).get("activations", {}) is None
+    kernels = verify.layer_kernels(model, weight_only=weight_only)
+    checked = _checked_gates(model, kernels) if gates else []
     seconds = verify.load_seconds(model)
     if as_json:
         _print_json(
@@ -119,6 +151,7 @@ def verify_command(
                 "layers": [asdict(kernel) | {"sqnr_db": sqnr.get(kernel.name)} for kernel in kernels],
                 "outputs": recorded.get("outputs", []),
                 "held_out": recorded.get("held_out", ""),
+                "gates": [asdict(gate) for gate in checked],
                 "load_seconds": seconds,
                 "bytes": artifact.size_of(folder) if folder.is_dir() else model.stat().st_size,
             }
@@ -128,8 +161,11 @@ def verify_command(
         _print_outputs(
             [verify.Fidelity(**entry) for entry in recorded.get("outputs", [])], recorded.get("held_out", "")
         )
+        for gate in checked:
+            Console().print(f"{gate.name}: {_gate_line(gate)}")
         Console().print(f"loads in {seconds:.2f} s")
     verify.require_integer_kernels(kernels, allow_float or ())
+    require_gates(checked, str(folder))
 
 
 @app.command()
@@ -165,6 +201,33 @@ def inspect(
         k, n = cast(tuple[int, int], entry["shape"])
         table.add_row(str(entry["name"]), f"{k} x {n}", "integer" if entry["quantized"] else "float32")
     console.print(table)
+
+
+@app.command("diff")
+def diff_command(
+    first: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with model.onnx in it.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="How far float constants may be apart, relative to the largest of each.")
+    ] = 0.0,
+    ignore_metadata: Annotated[
+        bool, typer.Option("--ignore-metadata", help="Leave out producer, documentation and metadata of the models.")
+    ] = False,
+    quantization: Annotated[
+        bool, typer.Option("--quantization", help="Compare only how the linear layers are quantized, in whatever form.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two models by what they compute, not by names; exit code 0 when they are equal, 1 when they differ."""
+    found = diff_files(first, second, tolerance=tolerance, metadata=not ignore_metadata)
+    if quantization:
+        found = found.only_quantization()
+    if as_json:
+        _print_json(found.facts())
+    else:
+        print(found.summary())
+    if not found.equal:
+        sys.exit(1)
 
 
 @app.command("eval")
@@ -307,6 +370,22 @@ def _progress(*, quiet: bool) -> Iterator[Callable[..., Any]]:
         yield open_bar
 
 
+def _checked_gates(path: Path, kernels: Sequence[verify.LayerKernel]) -> list[Gate]:
+    """The gates of a compiled model, on one sample of the default text."""
+    model = read_onnx(path)
+    tokenizer = path.parent / "tokenizer.json"
+    sample = calibrate.calibration_from(
+        None, model, tokenizer_file=tokenizer if tokenizer.is_file() else None, samples=1, max_length=PARITY_TOKENS
+    )
+    per_token = any(kernel.activation == "per-token" for kernel in kernels)
+    return run_gates(model, Session(path), sample.head(1)[0], per_token=per_token)
+
+
+def _gate_line(gate: Gate) -> str:
+    verdict = "holds" if gate.passed else "[red]does not hold[/red]"
+    return f"{verdict} ({gate.detail}: {gate.figure:.2g}, limit {gate.limit:g})"
+
+
 def _print_report(report: CompileReport) -> None:
     console = Console()
     if report.output is None:
@@ -332,8 +411,17 @@ def _print_report(report: CompileReport) -> None:
     if rows:
         share = sum(k * n for k, n in (layer.shape for layer in rows)) / sum(k * n for k, n in every)
         summary.add_row("ranges per token", f"{len(rows)} layers, {share:.1%} of the linear multiply-adds")
+    left = [layer.shape for layer in report.layers if not layer.integer]
+    if left:
+        share = sum(k * n for k, n in left) / sum(k * n for k, n in every)
+        summary.add_row("in float", f"{len(left)} layers, {share:.1%} of the linear multiply-adds")
+    for gate in report.gates:
+        summary.add_row(gate.name, _gate_line(gate))
     ratio = report.bytes / max(report.float_bytes, 1)
     summary.add_row("size", f"{report.bytes / 1e6:.1f} MB, {ratio:.3f} of float's {report.float_bytes / 1e6:.1f} MB")
+    for name, part in report.parts.items():
+        if part.elements:
+            summary.add_row(f"  {name}", f"{part.bits_per_element:.2f} bits each")
     summary.add_row("loads in", f"{report.load_seconds:.2f} s")
     slowest = sorted(report.seconds.items(), key=lambda item: -item[1])[:4]
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest)

@@ -34,7 +34,9 @@ from scalefold.compiler.decoder import (
 )
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import export_model
+from scalefold.compiler.gates import Gate, run_gates
 from scalefold.compiler.intake import clean, read_onnx
+from scalefold.compiler.layer_formats import formats_of
 from scalefold.compiler.protocol import (
     Context,
     Contract,
@@ -48,7 +50,7 @@ from scalefold.compiler.protocol import (
     select,
     silent,
 )
-from scalefold.compiler.recipe import Recipe, Target, load_recipe
+from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
 
@@ -57,6 +59,9 @@ HELD_OUT = 16
 
 COMPARED = 128
 """Tokens of each held-out sample on which layers are compared: all of their outputs are held at once."""
+
+SPILLED = 1 << 16
+"""Weights larger than this, in bytes, that passes make are kept in a file, not in memory."""
 
 TOOLS = ("scalefold", "numpy", "onnx", "onnx-ir", "onnx-graphsurgeon", "onnxruntime", "tokenizers")
 SIDECARS = (
@@ -113,6 +118,8 @@ class CompileReport:
         notes: remarks a user should read.
         float_bytes: size of the float ONNX model.
         bytes: size of the compiled model; an estimate after a dry run.
+        parts: what those bytes are: linear weights, embeddings, other constants and the graph; read from the file.
+        gates: properties that hold of the result, or do not; see `gates`.
         load_seconds: time onnxruntime takes to open it; not part of the record.
         seconds: time of each stage; not part of the record.
         peak_bytes: peak resident memory of this process; not part of the record.
@@ -131,6 +138,8 @@ class CompileReport:
     notes: tuple[str, ...]
     float_bytes: int
     bytes: int
+    parts: dict[str, artifact.Part] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
     load_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -176,6 +185,9 @@ def compile_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_float: Sequence[str] = (),
+    max_float_fraction: float | None = None,
+    profile: Profile | None = None,
+    rows: Sequence[int] = (),
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> CompileReport:
@@ -192,13 +204,19 @@ def compile_model(
         include: regular expressions of layers to quantize, besides the recipe's; all layers when there are none.
         exclude: regular expressions of layers to leave in float, besides the recipe's.
         allow_float: regular expressions of layers that may miss their integer kernel.
+        max_float_fraction: overrides the largest share of the linear multiply-adds that the recipe's exceptions may leave
+            in float.
+        profile: overrides the recipe's.
+        rows: overrides the recipe's, when not empty.
         dry_run: only open the model, and say what would be done.
         progress: opens progress bars.
 
     Raises:
         ScalefoldError: one sentence that says what is wrong, where, and what would help.
     """
-    plan = _with_overrides(load_recipe(recipe), samples, target, include, exclude)
+    plan = _with_overrides(load_recipe(recipe), samples, target, include, exclude, profile, rows)
+    if max_float_fraction is not None:
+        plan = _with_float_share(plan, max_float_fraction)
     pipeline = _pipeline(plan)
     place = None if output is None or dry_run else Path(output).absolute()
     if place is not None:
@@ -215,6 +233,7 @@ def compile_model(
             return run.estimate(planned)
         run.calibrate(_own_samples(source) if calibration is None else calibration)
         run.apply(pipeline.transform)
+        run.spill(opened.folder if scratch in opened.folder.parents else scratch)
         run.apply(pipeline.quantize)
         run.compare_layers()
         run.apply(pipeline.lower)
@@ -264,7 +283,7 @@ class _Run:
                 result = entry.run(self.source.model, self.context)
                 if result.changed and not graph.is_quantized(self.source.model):
                     self._retame(entry)
-                _release_memory(self.original)
+                _release_memory(self.original, self.tamed)
             self.records.append(_record(entry, result))
 
     def _retame(self, entry: Pass) -> None:
@@ -299,6 +318,22 @@ class _Run:
         search_samples = -(-options.search_samples // fewer)
         self.context = _context(used, search_samples, self.tamed, self.progress)
 
+    def spill(self, folder: Path) -> None:
+        """Move weights that passes made in memory to a file in `folder`, from where they are mapped when needed."""
+        made = {
+            name: value.const_value
+            for name, value in self.source.model.graph.initializers.items()
+            if value.const_value is not None
+            and not isinstance(value.const_value, ir.ExternalTensor)
+            and value.const_value.nbytes > SPILLED
+        }
+        moved = ir.external_data.convert_tensors_to_external(list(made.values()), folder, "transformed.data")
+        for (name, tensor), outside in zip(made.items(), moved, strict=True):
+            for model in (self.source.model, self.tamed):
+                value = model.graph.initializers.get(name)
+                if value is not None and value.const_value is tensor:
+                    value.const_value = outside
+
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
@@ -315,14 +350,16 @@ class _Run:
             artifact.save_model(self.source.model, stage)
             self._add_sidecars(stage)
         with self.clock.stage("verify"), self.progress("verifying", 3) as advance:
-            kernels = verify.layer_kernels(stage / artifact.MODEL)
+            kernels = verify.layer_kernels(stage / artifact.MODEL, weight_only=self.recipe.activations is None)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
+            session = Session(stage / artifact.MODEL)
             outputs = verify.fidelity(
-                Session(self.original, outputs=_results(self.original), lean=True),
-                Session(stage / artifact.MODEL),
-                self.held_out,
+                Session(self.original, outputs=_results(self.original), lean=True), session, self.held_out
             )
+            per_token = any(entry.activation == "per-token" for entry in kernels)
+            gates = run_gates(self.source.model, session, self.held_out[0], per_token=per_token)
+            del session
             advance()
             load_seconds = verify.load_seconds(stage / artifact.MODEL)
             advance()
@@ -333,19 +370,23 @@ class _Run:
             for entry in kernels
         )
         report = self._report(place, layers, tuple(outputs), artifact.size_of(stage), load_seconds)
+        report = replace(report, parts=artifact.parts(stage), gates=tuple(gates))
         artifact.write_json(stage / artifact.RECORD, self._content(report))
         artifact.publish(stage, place)
         return report
 
     def estimate(self, layers: Sequence[graph.Linear]) -> CompileReport:
         """What a dry run says: the layers that would be quantized, and the size to expect."""
-        saved = sum(4 * k * n - k * n - 4 * n for k, n in (layer.shape for layer in layers))
+        saved = 0
+        for layer in layers:
+            (k, n), bits = layer.shape, self.recipe.weights.of(layer.name).bits
+            saved += 4 * k * n - (k * n * bits + 7) // 8 - 4 * n
         if self.recipe.embeddings is not None:
             tables = {node.inputs[0] for node in graph.nodes(self.source.model, "Gather")}
             sizes = [
                 table.const_value.nbytes for table in tables if table and graph.rank(table) == 2 and table.const_value
             ]
-            saved += sum(size * 3 // 4 for size in sizes)
+            saved += sum(size * (32 - self.recipe.embeddings.bits) // 32 for size in sizes)
         planned = tuple(LayerReport(layer.name, layer.shape, "planned", False, None) for layer in layers)
         return self._report(None, planned, (), self.source.bytes - saved, 0.0)
 
@@ -404,16 +445,34 @@ def _shorten_positions(config: Path, taken: int) -> None:
 
 
 def _with_overrides(
-    recipe: Recipe, samples: int | None, target: Target | None, include: Sequence[str], exclude: Sequence[str]
+    recipe: Recipe,
+    samples: int | None,
+    target: Target | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    profile: Profile | None,
+    rows: Sequence[int],
 ) -> Recipe:
     changes: dict[str, Any] = {"include": (*recipe.include, *include), "exclude": (*recipe.exclude, *exclude)}
-    if target is not None:
-        changes["target"] = target
+    changes |= {"target": target} if target is not None else {}
+    changes |= {"profile": profile} if profile is not None else {}
+    changes |= {"rows": tuple(rows)} if rows else {}
     if samples is not None:
         if samples < 1:
             raise CalibrationError(f"{samples} samples are too few", where="--samples", remedy="give at least 1")
         changes["calibration"] = recipe.calibration.model_copy(update={"samples": samples})
-    return recipe.model_copy(update=changes)
+    return changed(recipe, changes)
+
+
+def _with_float_share(recipe: Recipe, share: float) -> Recipe:
+    if not 0 <= share <= 1:
+        raise RecipeError([f"{share} is no share between 0 and 1"], where="--max-float-fraction")
+    if recipe.exceptions is None:
+        raise RecipeError(
+            ["it has no section `exceptions`, so it leaves no layer in float"],
+            where=f"recipe {recipe.name} with --max-float-fraction",
+        )
+    return recipe.model_copy(update={"exceptions": recipe.exceptions.model_copy(update={"float_share": share})})
 
 
 def _pipeline(recipe: Recipe) -> Pipeline:
@@ -485,7 +544,8 @@ def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> lis
         )
     names = [layer.name for layer in layers]
     select(allow_float, names, what="allow-float")
-    select(recipe.activations.per_token, names, what="per-token")
+    if recipe.activations is not None:
+        select(recipe.activations.per_token, names, what="per-token")
     left = refusals(names, recipe.include, recipe.exclude)
     if len(left) == len(layers):
         raise PatternError(
@@ -493,7 +553,9 @@ def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> lis
             where="include and exclude patterns",
             remedy="exclude fewer layers",
         )
-    return [layer for layer in layers if layer.name not in left]
+    chosen = [layer for layer in layers if layer.name not in left]
+    formats_of(recipe.weights, chosen, left)
+    return chosen
 
 
 def _context(used: Calibration, search_samples: int, original: ir.Model, progress: Progress) -> Context:
@@ -530,16 +592,17 @@ def _results(model: ir.Model) -> list[str]:
     return [name for name in names if name not in cache]
 
 
-def _release_memory(original: ir.Model) -> None:
+def _release_memory(*models: ir.Model) -> None:
     """Give back what a pass has read or replaced.
 
     Graphs are full of cycles, weights that have been read stay mapped, and glibc keeps freed memory to itself.
     """
     gc.collect()
-    for value in original.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            with suppress(BufferError):  # still in use: it goes with the array that uses it
-                value.const_value.release()
+    for model in models:
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                with suppress(BufferError):  # still in use: it goes with the array that uses it
+                    value.const_value.release()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from scalefold.compiler import graph
+from scalefold.compiler import decode_chain, graph
 
 
 class Fact(Enum):
@@ -26,23 +26,24 @@ class Fact(Enum):
 
 
 def weight_array(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The array of a constant, or of a two-dimensional constant behind a Transpose, or None.
+    """The array of a constant, of a two-dimensional constant behind a Transpose, of a decode chain's int8, or None.
 
     A language model's head reads the embedding table [N, K] through a Transpose: one copy of the codes serves both.
     """
+    if (found := graph.constant(value)) is not None:
+        return found
     transpose = graph.producer(value, "Transpose")
-    if transpose is None:
-        return graph.constant(value)
-    stored = graph.constant(transpose.inputs[0])
-    if stored is None or stored.ndim != 2 or graph.attribute(transpose, "perm", (1, 0)) != (1, 0):
-        return None
-    return stored.T
+    stored = graph.constant(transpose.inputs[0]) if transpose is not None else None
+    if transpose is not None and stored is not None:
+        return stored.T if stored.ndim == 2 and graph.attribute(transpose, "perm", (1, 0)) == (1, 0) else None
+    decoded = decode_chain.evaluate(value)
+    return decoded if decoded is not None and decoded.dtype == np.int8 and decoded.ndim == 2 else None
 
 
 def weight_dequantizer(matmul: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear of a constant that feeds the right-hand side of a MatMul or Gemm, or None."""
+    """The DequantizeLinear of a constant, or of a chain that decodes constants, that feeds a MatMul or Gemm; or None."""
     node = graph.producer(matmul.inputs[1], "DequantizeLinear")
-    return node if node is not None and weight_array(node.inputs[0]) is not None else None
+    return node if node is not None and decode_chain.is_constant(node.inputs[0]) else None
 
 
 def quantized_matmuls(model: ir.Model) -> list[ir.Node]:

@@ -2,27 +2,169 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
 from scalefold.compiler.errors import RecipeError
 
 Target = Literal["onnxruntime-cpu", "qdq"]
 Granularity = Literal["per-tensor", "per-token"]
+Profile = Literal["throughput", "decode", "balanced"]
+Format = Literal["linear", "kmeans", "bcq"]
+Solver = Literal["rtn", "mse", "hqq", "lloyd", "exact", "greedy", "alternating"]
+CodebookOf = Literal["tensor", "column"]
+Weighting = Literal["none", "hessian"]
+
+SOLVERS: dict[Format, tuple[Solver, ...]] = {
+    "linear": ("rtn", "mse", "hqq"),
+    "kmeans": ("lloyd", "exact"),
+    "bcq": ("alternating", "greedy"),
+}
+"""The solvers of each format."""
+
+
+GROUPED_BITS = 6
+"""Most bits of linear codes in groups: their integers are codes times a step, within int8."""
+
+EXACT_BITS = 6
+"""Most bits that exact k-means is offered for."""
+
+COMBINATION = "combination"
+"""The type of a fault that lies in values together, not in one."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Weights(_Section):
-    """Weights of linear layers: int8 container, symmetric, one scale per output column."""
+class WeightFormat(_Section):
+    """How one weight is stored and how its codes are found; whatever the format, the kernel sees int8 per column."""
 
-    bits: int = Field(8, ge=2, le=8, description="bits per weight, in an 8-bit container")
+    format: Format = Field("linear", description="evenly spaced levels, a codebook, or sums of signed alphas")
+    bits: int = Field(8, ge=1, le=8, description="bits per weight on disk")
+    group_size: int | None = Field(
+        None, ge=2, description="rows of a column that share a grid (linear) or alphas (bcq); null for all of them"
+    )
+    symmetric: bool = Field(True, description="linear: levels symmetric about 0, without an offset per column or group")
+    codebook: CodebookOf = Field("tensor", description="kmeans: what has a codebook, the weight or each column")
+    solver: Solver | None = Field(
+        None, description="linear: rtn, mse, hqq; kmeans: lloyd, exact; bcq: alternating, greedy; null for the best"
+    )
+    weighting: Weighting = Field("none", description="kmeans: hessian weights each row by its input's mean square")
+    compensation: bool = Field(False, description="let the rows still to come make up for each row's error (GPTQ)")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        faults = []
+        if self.solver is not None and self.solver not in SOLVERS[self.format]:
+            known = ", ".join(SOLVERS[self.format])
+            faults.append(f"solver {self.solver} is not one of format {self.format}, which has {known}")
+        if self.group_size is not None and self.format == "kmeans":
+            faults.append("group_size is for linear and bcq: a codebook is of a tensor or a column")
+        if self.weighting == "hessian" and self.format != "kmeans":
+            faults.append("weighting is for kmeans; use compensation")
+        if self.group_size is not None and self.format == "linear" and self.bits > GROUPED_BITS:
+            faults.append(
+                f"int8 has no room for a step per group of {self.bits}-bit codes, only of up to {GROUPED_BITS}"
+            )
+        if self.solver == "exact" and self.bits > EXACT_BITS:
+            faults.append(f"solver exact takes too long above {EXACT_BITS} bits")
+        if self.solver == "hqq" and (self.symmetric or self.bits == 8):
+            faults.append("solver hqq moves the zero point: it needs symmetric: false, and fewer than 8 bits")
+        if faults:
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": "; ".join(faults)})
+        return self
+
+    @property
+    def chosen_solver(self) -> Solver:
+        """The solver, or the format's best: linear by round-to-nearest at 8 bits and by squared error below."""
+        if self.solver is not None:
+            return self.solver
+        return "mse" if self.format == "linear" and self.bits < 8 else SOLVERS[self.format][0]
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the solver looks at what the layer is fed."""
+        return self.compensation or self.weighting == "hessian"
+
+    def __str__(self) -> str:
+        if self.format == "linear":
+            parts = [f"int{self.bits}", "" if self.symmetric else "asymmetric"]
+        else:
+            parts = [f"{self.bits}-bit {self.format}"]
+        grain = f"per {self.codebook}" if self.format == "kmeans" else "per column"
+        parts.append(grain if self.group_size is None else f"in groups of {self.group_size}")
+        return " ".join(part for part in parts if part)
+
+
+class WeightOverride(_Section):
+    """What is different for the layers of a pattern; keys that are left out are as in the section above.
+
+    Another format starts from its own defaults, but for the bits.
+    """
+
+    format: Format = "linear"
+    bits: int = Field(8, ge=1, le=8)
+    group_size: int | None = Field(None, ge=2)
+    symmetric: bool = True
+    codebook: CodebookOf = "tensor"
+    solver: Solver | None = None
+    weighting: Weighting = "none"
+    compensation: bool = False
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
+
+    def apply(self, base: WeightFormat) -> WeightFormat:
+        """`base` with these changes."""
+        given = self.model_dump()
+        kept = base.model_dump()
+        if given.get("format", base.format) != base.format:
+            kept = {"bits": base.bits}
+        return WeightFormat.model_validate(kept | given)
+
+
+class Weights(WeightFormat):
+    """Weights of linear layers."""
+
+    packed: bool = Field(
+        True, description="store codes at their width; false keeps each in 8 bits, ready for the kernel"
+    )
+    layers: dict[str, WeightOverride] = Field(
+        {}, description="by regular expressions of layer names, what is different there; the last that matches counts"
+    )
+
+    @model_validator(mode="after")
+    def _overrides_fit(self) -> Self:
+        faults = []
+        for pattern, override in self.layers.items():
+            try:
+                override.apply(self.base)
+            except ValidationError as error:
+                faults += [f"layers.{pattern}: {entry['msg']}" for entry in error.errors()]
+        if faults:
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": "; ".join(faults)})
+        return self
+
+    @property
+    def base(self) -> WeightFormat:
+        """The format of the layers that no pattern names."""
+        return WeightFormat.model_validate(self.model_dump(include=set(WeightFormat.model_fields)))
+
+    def of(self, layer: str) -> WeightFormat:
+        """The format of one layer: the last pattern that matches its name counts, and no other."""
+        for pattern, override in reversed(self.layers.items()):
+            if re.search(pattern, layer):
+                return override.apply(self.base)
+        return self.base
 
 
 class Activations(_Section):
@@ -39,9 +181,24 @@ class Activations(_Section):
 
 
 class Embeddings(_Section):
-    """Embedding tables: int8 container, symmetric, one scale per row."""
+    """Embedding tables: symmetric, one scale per row; at 8 bits int8 itself, below that what decodes to it."""
 
-    bits: int = Field(8, ge=2, le=8, description="bits per entry, in an 8-bit container")
+    bits: int = Field(8, ge=2, le=8, description="bits per entry on disk")
+    format: Format = Field("linear", description="evenly spaced levels, a codebook, or sums of signed alphas")
+    group_size: int | None = Field(None, ge=2, description="entries of a row that share a grid or alphas; null for all")
+
+    @property
+    def weight(self) -> WeightFormat:
+        """The format of the table's transpose, whose columns are the rows."""
+        return WeightFormat(format=self.format, bits=self.bits, group_size=self.group_size)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        try:
+            _ = self.weight
+        except ValidationError as error:
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": error.errors()[0]["msg"]}) from error
+        return self
 
 
 class Migration(_Section):
@@ -80,6 +237,12 @@ class Exceptions(_Section):
     per_token_share: float = Field(
         0.25, ge=0, le=1, description="largest share of the linear multiply-adds that may get a range per token"
     )
+    float_divergence: float = Field(
+        0.1, gt=0, description="divergence, with ranges per token, above which layers are left in float"
+    )
+    float_share: float = Field(
+        0.05, ge=0, le=1, description="largest share of the linear multiply-adds that may be left in float"
+    )
 
 
 class CalibrationOptions(_Section):
@@ -100,15 +263,42 @@ class Recipe(_Section):
     summary: str = ""
     pipeline: str = Field("scalefold.passes:pipeline", description="function from a recipe to its passes")
     weights: Weights = Weights()
-    activations: Activations = Activations()
+    activations: Activations | None = Activations()
     embeddings: Embeddings | None = None
     prefix: Prefix | None = None
     migration: Migration | None = None
     exceptions: Exceptions | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     target: Target = "onnxruntime-cpu"
+    profile: Profile = Field(
+        "throughput",
+        description="what 4-bit linear weights run on: the integer kernel, blocks read as they are stored (decode), or"
+        " whichever is faster on this machine (balanced)",
+    )
+    rows: tuple[int, ...] = Field(
+        (1, 128), min_length=1, description="numbers of rows (batch times tokens) at which balanced measures"
+    )
     include: tuple[str, ...] = Field((), description="regular expressions of layers to quantize; empty means all")
     exclude: tuple[str, ...] = Field((), description="regular expressions of layers to leave in float")
+
+    @model_validator(mode="after")
+    def _activations_are_there(self) -> Self:
+        useless = [name for name in ("prefix", "migration", "exceptions") if getattr(self, name) is not None]
+        if self.activations is None and useless:
+            message = f"{', '.join(useless)} would do nothing, because activations are null and stay float"
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
+        return self
+
+    @model_validator(mode="after")
+    def _profile_fits(self) -> Self:
+        if self.profile != "throughput" and self.target != "onnxruntime-cpu":
+            message = (
+                f"profile {self.profile} needs target onnxruntime-cpu: blocks are an operator of onnxruntime's own"
+            )
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
+        if min(self.rows) < 1:
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": "rows: every number must be at least 1"})
+        return self
 
 
 def named_recipes() -> dict[str, Path]:
@@ -143,10 +333,24 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         raise RecipeError([_fault(dict(entry)) for entry in error.errors()], where=str(path)) from error
 
 
+def changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
+    """A recipe with other values for some of its keys.
+
+    Raises:
+        RecipeError: they do not fit the rest.
+    """
+    try:
+        return Recipe.model_validate({**recipe.model_dump(), **changes})
+    except ValidationError as error:
+        raise RecipeError([_fault(dict(entry)) for entry in error.errors()], where=recipe.name) from error
+
+
 def _fault(entry: dict[str, object]) -> str:
     location = entry["loc"]
     assert isinstance(location, tuple)
     key = ".".join(str(part) for part in location)
+    if entry["type"] == COMBINATION:
+        return f"{key}: {entry['msg']}" if key else str(entry["msg"])
     if entry["type"] == "extra_forbidden":
         return f"{key}: no such key"
     return f"{key}: {str(entry['msg'])[:1].lower()}{str(entry['msg'])[1:]}, got {entry['input']!r}"

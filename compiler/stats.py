@@ -174,6 +174,46 @@ class RowSample:
         self.priorities, self.rows = priorities[order], rows[order]
 
 
+@dataclass
+class SecondMoment:
+    """Mean of x x^T over all rows x, in float64, or of its diagonal alone.
+
+    It is half the Hessian of a linear layer's squared output error with respect to one column of its weight.
+
+    Attributes:
+        diagonal: whether only the squares are kept.
+        total: the sum, [channels, channels] or [channels]; None before the first update.
+        count: rows seen.
+    """
+
+    diagonal: bool = False
+    total: npt.NDArray[np.float64] | None = None
+    count: int = 0
+
+    def update(self, rows: Float, sample: int) -> None:
+        """Add the products of `rows`."""
+        wide = rows.astype(np.float64)
+        self._add(np.square(wide).sum(axis=0) if self.diagonal else wide.T @ wide, rows.shape[0])
+
+    def merge(self, other: Self) -> Self:
+        """Sums add up."""
+        merged = type(self)(self.diagonal, None if self.total is None else self.total.copy(), self.count)
+        if other.total is not None:
+            merged._add(other.total, other.count)
+        return merged
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64] | None:
+        """The mean over the rows seen; None before the first."""
+        return None if self.total is None else self.total / max(self.count, 1)
+
+    def _add(self, products: npt.NDArray[np.float64], count: int) -> None:
+        if self.total is None:
+            self.total = np.zeros_like(products)
+        self.total += products
+        self.count += count
+
+
 def _priorities(sample: int, count: int) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) that depend on the sample's number and the token's position only."""
     return np.random.Generator(np.random.Philox(key=sample)).random(count)

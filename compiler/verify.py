@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from scalefold.compiler import graph, schemes
+from scalefold.compiler import graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
@@ -74,10 +74,14 @@ class Fidelity:
     sqnr_db: float
 
 
-def layer_kernels(path: Path) -> list[LayerKernel]:
+def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]:
     """The kernel that every linear layer of a model file gets from onnxruntime on this machine.
 
     Loads the file with onnxruntime at its default settings, reads the graph it optimises it to, and follows each weight.
+
+    Args:
+        path: the file.
+        weight_only: whether activations are float on purpose: then a kernel that rounds them itself is no miss.
     """
     written = read_onnx(path)
     ShapeInferencePass()(written)
@@ -88,13 +92,14 @@ def layer_kernels(path: Path) -> list[LayerKernel]:
         weight, codes = _weight_of(node)
         if weight is None:
             continue
-        shape = _shape_of(weight)
+        shape = _shape_of(node, weight)
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
         found = _of_layer(by_weight.get(weight.name or "", []), node) or _by_node_name(optimized, node)
         kernel = found.op_type if found is not None else "none"
         obstacle = _diagnose(node) if codes else None
-        integer = kernel in INTEGER_KERNELS and obstacle not in (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
+        misses = (_INT8_ACTIVATION,) if weight_only else (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
+        integer = kernel in INTEGER_KERNELS and obstacle not in misses
         reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
         size, activation = (shape[0], shape[1]), _activation_of(node)
         kernels.append(
@@ -138,7 +143,9 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
     return value, array is not None and array.dtype != np.float32
 
 
-def _shape_of(weight: ir.Value) -> tuple[int, ...]:
+def _shape_of(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
+    if node.op_type == "MatMulNBits":
+        return int(str(graph.attribute(node, "K"))), int(str(graph.attribute(node, "N")))
     array = weight_array(weight)
     return graph.whole_shape(weight) if array is None else array.shape
 
@@ -168,17 +175,22 @@ def _of_layer(readers: list[ir.Node], node: ir.Node) -> ir.Node | None:
     """The reader that stands for `node`: layers that share a weight are told apart by name, else by order."""
     if not readers:
         return None
-    named = [reader for reader in readers if node.name and node.name in (reader.name or "").replace("/", " ").split()]
+    named = [reader for reader in readers if node.name and node.name in _names(reader)]
     chosen = (named or readers)[0]
     readers.remove(chosen)
     return chosen
 
 
+def _names(fused: ir.Node) -> tuple[str, ...]:
+    """A node's name, and those that onnxruntime has made it up from."""
+    name = fused.name or ""
+    return name, *name.replace("/", " ").split()
+
+
 def _by_node_name(optimized: ir.Model, node: ir.Node) -> ir.Node | None:
     """The optimised node of the same name: onnxruntime renames weights it lays out anew."""
-    return next(
-        (entry for entry in graph.nodes(optimized, *LINEAR_OPS) if entry.name and entry.name == node.name), None
-    )
+    readers = graph.nodes(optimized, *LINEAR_OPS)
+    return next((entry for entry in readers if node.name and node.name in _names(entry)), None)
 
 
 def _diagnose(node: ir.Node) -> tuple[str, str] | None:
@@ -343,7 +355,7 @@ def saturating_layers(model: ir.Model) -> list[str]:
             array is not None
             and array.dtype == np.int8
             and array.ndim == 2
-            and schemes.can_saturate(array.astype(np.int8))
+            and saturation.can_saturate(array.astype(np.int8))
         ):
             found.append(node.name or "")
     return found

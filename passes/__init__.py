@@ -11,6 +11,7 @@ from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.lower_block_matmul import LowerBlockMatmul
 from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
 from scalefold.passes.migrate_outliers import MigrateOutliers
 from scalefold.passes.name_layers import NameLayers
@@ -27,6 +28,7 @@ from scalefold.passes.share_weights import ShareWeights
 from scalefold.passes.shield_layer_norm import ShieldLayerNorm
 from scalefold.passes.tie_embeddings import TieEmbeddings
 from scalefold.passes.unflatten_tokens import UnflattenTokens
+from scalefold.passes.unmerge_heads import UnmergeHeads
 
 NORMALIZE: tuple[Pass, ...] = (
     RecoverLayerNorm(),
@@ -41,7 +43,14 @@ SEARCHED_BITS = 6
 """Fewest weight bits that migration searches with: it rounds to the nearest, and solvers for fewer bits do better."""
 
 LOWER: dict[Target, tuple[Pass, ...]] = {
-    "onnxruntime-cpu": (RecoverRotary(), FuseAttention(), FoldShift(), LowerIntegerMatmul(), ShieldLayerNorm()),
+    "onnxruntime-cpu": (
+        RecoverRotary(),
+        UnmergeHeads(),
+        FuseAttention(),
+        FoldShift(),
+        LowerIntegerMatmul(),
+        ShieldLayerNorm(),
+    ),
     "qdq": (QuantizeBias(),),
 }
 
@@ -77,11 +86,13 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
 
 def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
     activations, weights = recipe.activations, recipe.weights
-    met = 8 if activations is None else activations.bits
+    met = None if activations is None else activations.bits
     passes: list[Pass] = []
     if recipe.embeddings is not None:
         passes.append(TieEmbeddings(weights, recipe.embeddings.bits, met, recipe.include, recipe.exclude))
     passes.append(QuantizeWeights(weights, met, recipe.include, recipe.exclude))
+    if recipe.profile != "throughput":
+        passes.append(LowerBlockMatmul("all" if recipe.profile == "decode" else "measured", recipe.rows))
     if activations is not None:
         passes.append(InsertQdq(activations.bits, activations.granularity, activations.per_token))
         passes += _fitted(activations, recipe.exceptions)
@@ -96,7 +107,13 @@ def _fitted(activations: Activations, exceptions: Exceptions | None) -> list[Pas
         return []
     fit = FitActivations(bits)
     if exceptions is not None:
-        fit = FitActivations(bits, exceptions.divergence, exceptions.per_token_share)
+        fit = FitActivations(
+            bits,
+            exceptions.divergence,
+            exceptions.per_token_share,
+            exceptions.float_divergence,
+            exceptions.float_share,
+        )
     return [ClipRanges(clipping, activations.clipping_step, bits, activations.clipping_refine), fit]
 
 
@@ -104,4 +121,5 @@ def _lower(recipe: Recipe) -> tuple[Pass, ...]:
     passes = LOWER[recipe.target]
     if recipe.activations is None:
         passes = tuple(entry for entry in passes if Fact.QDQ not in entry.requires)
+        passes += (LowerBlockMatmul(),) if recipe.target == "onnxruntime-cpu" else ()
     return (*passes, PackWeights()) if recipe.weights.packed else passes

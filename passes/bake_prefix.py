@@ -87,7 +87,9 @@ def bake(model: ir.Model, tokens: Sequence[int]) -> None:
     """Bake the keys and values of these tokens into a decoder's graph, which must have no prefix yet."""
     decoder, inputs = decoder_of(model), _inputs(model)
     n = len(tokens)
-    states = Session(model, outputs=list(decoder.outputs.values()), lean=True).run(decoder.prompt_feed(np.array([tokens])))
+    states = Session(model, outputs=list(decoder.outputs.values()), lean=True).run(
+        decoder.prompt_feed(np.array([tokens]))
+    )
     new = _Builder(model, inputs["input_ids"])
     bounds = [
         graph.add_initializer(model, f"prefix.{name}", np.array([number], dtype=np.int64))

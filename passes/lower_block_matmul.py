@@ -85,7 +85,10 @@ def _coded(matmul: ir.Node) -> tuple[CodedWeight | None, str]:
     if graph.producer(matmul.inputs[0], "DequantizeLinear") is not None:
         return None, "its input is quantized already"
     dequantize = weight_dequantizer(matmul)
-    origin = origin_of(dequantize.inputs[0]) if dequantize is not None else None
+    codes = dequantize.inputs[0] if dequantize is not None else None
+    origin = origin_of(codes)
+    if codes is not None and any(reader.op_type == "Gather" for reader in graph.consumers(codes)):
+        return None, "its weight is a table that is looked up too, and stored once"
     if origin is None or origin.coded.bits != BITS or not isinstance(origin.coded.decoder, Grid):
         return None, "its weight is not 4-bit and linear"
     if (block := _block(origin.coded)) < SMALLEST_BLOCK or block & (block - 1):

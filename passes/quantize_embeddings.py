@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from scalefold.compiler import graph, schemes
+from scalefold.compiler import graph
+from scalefold.compiler.decode_chain import remember
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.recipe import WeightFormat
+from scalefold.passes.quantize_weights import quantized
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,11 @@ class QuantizeEmbeddings:
     table and codes are [V, H], scales [V, 1]. DequantizeLinear in front of Gather would dequantize the whole table on
     every run, and behind it has no form for a scale per looked-up row.
 
+    Below 8 bits the table is solved as a weight whose columns are its rows, and pack-weights stores what it was decoded
+    from: then only the rows that are looked up are decoded.
+
     Attributes:
-        bits: 2 to 8, in an 8-bit container.
+        table: the format of a table's transpose [H, V].
         smallest: tables with fewer entries stay float: there is nothing to save.
     """
 
@@ -33,8 +39,13 @@ class QuantizeEmbeddings:
     provides: ClassVar[frozenset[Fact]] = frozenset()
     contract: ClassVar[Contract] = Contract.LOSSY
 
-    bits: int = 8
+    table: WeightFormat = field(default_factory=WeightFormat)
     smallest: int = 4096
+
+    @property
+    def bits(self) -> int:
+        """Bits per entry."""
+        return self.table.bits
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize each table that a Gather of rows reads; decline the others with a reason."""
@@ -50,7 +61,7 @@ class QuantizeEmbeddings:
             if table not in tables:
                 tables[table] = self._store(model, table)
             graph.look_up(gather, *tables[table])
-            rewrites.append(Event(gather, f"int{self.bits} per row of {table.name}"))
+            rewrites.append(Event(gather, f"{self.table} of {table.name}".replace("per column", "per row")))
         if rewrites:
             graph.sweep(model)
         return PassResult(tuple(rewrites), tuple(declined))
@@ -66,9 +77,8 @@ class QuantizeEmbeddings:
 
     def _store(self, model: ir.Model, table: ir.Value) -> tuple[ir.Value, ir.Value]:
         array = np.asarray(graph.constant(table), dtype=np.float32)
-        scales = schemes.row_scales(array, self.bits)[:, None]
-        codes = schemes.weight_codes(array, scales, self.bits)
-        return (
-            graph.add_initializer(model, f"{table.name}_codes", codes),
-            graph.add_initializer(model, f"{table.name}_scales", scales),
-        )
+        integers, steps, coded = quantized(array.T, self.table, None, None, f"embedding table {table.name}")
+        codes = graph.add_initializer(model, f"{table.name}_codes", integers.T)
+        if coded is not None:
+            remember(codes, coded, by_rows=True)
+        return codes, graph.add_initializer(model, f"{table.name}_scales", steps[:, None])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from scalefold.compiler import graph, schemes
+from scalefold.compiler import graph
+from scalefold.compiler.decode_chain import remember
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.graph import Linear
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
+from scalefold.compiler.recipe import WeightFormat, Weights
 from scalefold.compiler.schemes import Float
+from scalefold.passes.quantize_weights import quantized
 
 ROWS = 4096
 """Rows of a table that are compared at a time."""
@@ -28,10 +31,12 @@ class TieEmbeddings:
 
     T and codes are [V, H], W is [H, V]; the scale of an output column of W is that of a row of T, [V]. u [H] is what a
     migration in front of the output layer has divided out of its rows; the product with it is left out where it is 1.
-    onnxruntime transposes the codes once, when it loads the file.
+    onnxruntime transposes the codes once, when it loads the file. A format of fewer bits is that of the output layer, and
+    is solved without regard to what the layer is fed, since the table is read by its rows too.
 
     Attributes:
-        bits: 2 to 8, in an 8-bit container.
+        weights: the format of each layer.
+        bits: bits of the tables; output layers of other bits are not tied.
         activation_bits: bits of the activations that the output layer will meet.
         include: regular expressions of layers to quantize; all when empty.
         exclude: regular expressions of layers to leave in float.
@@ -42,8 +47,9 @@ class TieEmbeddings:
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED_WEIGHTS})
     contract: ClassVar[Contract] = Contract.LOSSY
 
+    weights: Weights = field(default_factory=Weights)
     bits: int = 8
-    activation_bits: int = 8
+    activation_bits: int | None = 8
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -61,18 +67,23 @@ class TieEmbeddings:
                 if layer.name in left:
                     declined.append(Event(layer.matmul, left[layer.name]))
                     continue
-                self._tie(model, table, layer, factors)
-                rewrites.append(Event(layer.matmul, f"int{self.bits} per column, one copy with {table.name}"))
+                wanted = self.weights.of(layer.name)
+                if wanted.bits != self.bits:
+                    declined.append(Event(layer.matmul, f"the layer has {wanted.bits} bits and the table {self.bits}"))
+                    continue
+                self._tie(model, table, layer, factors, wanted)
+                rewrites.append(Event(layer.matmul, f"{wanted}, one copy with {table.name}"))
                 break
         if rewrites:
             graph.sweep(model)
         return PassResult(tuple(rewrites), tuple(declined))
 
-    def _tie(self, model: ir.Model, table: ir.Value, layer: Linear, factors: Float) -> None:
-        weight = layer.weights()
-        scales = schemes.column_scales(weight, self.bits, self.activation_bits)
-        codes = schemes.weight_codes(weight, scales, self.bits)
+    def _tie(self, model: ir.Model, table: ir.Value, layer: Linear, factors: Float, wanted: WeightFormat) -> None:
+        blind = wanted.model_copy(update={"compensation": False, "weighting": "none"})
+        codes, scales, coded = quantized(layer.weights(), blind, None, self.activation_bits, layer.name)
         stored = graph.add_initializer(model, f"{layer.name}.weight_codes", codes.T)
+        if coded is not None:
+            remember(stored, coded, by_rows=True)
         steps = graph.add_initializer(model, f"{layer.name}.weight_scales", scales)
         transpose = ir.node("Transpose", [stored], {"perm": [1, 0]}, name=f"{layer.name}.weight_columns")
         columns = graph.like(transpose.outputs[0], layer.weight, ir.DataType.INT8)

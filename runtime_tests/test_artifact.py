@@ -9,9 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from scalefold.compiler import artifact
+from scalefold.compiler import artifact, graph
+from scalefold.compiler.decode_chain import remember
 from scalefold.compiler.errors import OutputError
+from scalefold.compiler.protocol import Context
+from scalefold.compiler.recipe import WeightFormat
 from scalefold.compiler.runtime import Feed, Session
+from scalefold.passes.pack_weights import PackWeights
+from scalefold.passes.quantize_embeddings import QuantizeEmbeddings
+from scalefold.passes.quantize_weights import quantized
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, 2] x, int64[b] n) => (float[b, 2] y)
@@ -164,3 +170,38 @@ def test_the_manifest_of_a_foreign_graph_lists_inputs_and_outputs_by_name() -> N
     assert (version, json.loads(outputs["context"])) == (1, ["y"])
     version, arguments = json.loads(component["metadata"]["in_spec"])
     assert json.loads(arguments["children_spec"][1]["context"]) == ["x", "n"]
+
+
+PARTS = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+model (uint8[b, t, 32] q, int64[b, t] ids, float[b, t, 6] f) => (float[b, t, 6] y, float[b, t, 32] e, float[b, t, 6] h)
+<float s = {0.02}, uint8 z = {100}, int8[1, 1] codes = {0}, float[1] scales = {1.0}, float[1, 1] table = {0.0},
+ float[6] c = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, float[1, 1] w = {0.0}>
+{ y = com.microsoft.MatMulIntegerToFloat(q, codes, s, scales, z)  e = Gather(table, ids)
+  p = MatMul(f, w)  h = Add(p, c) }"""
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_parts_of_a_file_are_read_from_its_constants(bits: int, tmp_path: Path) -> None:
+    rng, wanted = np.random.default_rng(1), WeightFormat(bits=bits, format="kmeans" if bits < 8 else "linear")
+    model = ir.from_onnx_text(PARTS)
+    product, gather, other = (graph.nodes(model, name)[0] for name in ("MatMulIntegerToFloat", "Gather", "MatMul"))
+    integers, scales, coded = quantized(rng.standard_normal((32, 6)).astype(np.float32), wanted, None, 8, "fc")
+    codes = graph.replace_constant(model, product, 1, "fc.codes", integers)
+    graph.replace_constant(model, product, 3, "fc.scales", scales)
+    graph.replace_constant(model, other, 1, "float.weight", np.ones((6, 6), dtype=np.float32))
+    graph.replace_constant(model, gather, 0, "rows", rng.standard_normal((200, 32)).astype(np.float32))
+    if coded is not None:
+        remember(codes, coded)
+    QuantizeEmbeddings(WeightFormat(bits=max(bits, 2))).run(model, Context())
+    PackWeights().run(model, Context())
+    artifact.save_model(model, tmp_path)
+
+    found = artifact.parts(tmp_path)
+    table = found["embeddings"]
+    assert (table.elements, table.code_bytes) == (200 * 32, 200 * 32 * max(bits, 2) // 8)
+    assert 200 * 4 <= table.overhead_bytes <= 200 * 4 + 2 * 200 + 100
+    assert found["linear"].elements == 32 * 6 + 6 * 6
+    assert found["linear"].code_bytes == 32 * 6 * bits // 8 + 4 * 6 * 6
+    assert found["linear"].overhead_bytes >= 6 * 4 + (2**bits if bits < 8 else 0)
+    assert sum(part.code_bytes + part.overhead_bytes for part in found.values()) == artifact.size_of(tmp_path)
+    assert table.bits_per_element == 8 * (table.code_bytes + table.overhead_bytes) / (200 * 32)

@@ -3,9 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from scalefold.compiler import graph
+from scalefold.compiler.decode_chain import origin_of
 from scalefold.compiler.protocol import Context
-from scalefold.compiler.runtime import Feed
+from scalefold.compiler.recipe import WeightFormat
+from scalefold.compiler.runtime import Feed, Session
+from scalefold.compiler.solve import solve
 from scalefold.compiler.testing import check_pass, parse
+from scalefold.passes.pack_weights import PackWeights
 from scalefold.passes.quantize_embeddings import QuantizeEmbeddings
 
 HEAD = """<ir_version: 10, opset_import: ["" : 20]>
@@ -38,7 +43,7 @@ def test_every_width_keeps_the_signal_that_its_bits_can_hold(bits: int) -> None:
     text = ", ".join(repr(float(value)) for value in array.ravel())
     model = f"""<ir_version: 10, opset_import: ["" : 20]>
     model (int64[m] ids) => (float[m, 64] y) <float[100, 64] table = {{{text}}}> {{ y = Gather(table, ids) }}"""
-    check_pass(QuantizeEmbeddings(bits=bits), before=model, feeds=[{"ids": np.arange(100)}])
+    check_pass(QuantizeEmbeddings(WeightFormat(bits=bits)), before=model, feeds=[{"ids": np.arange(100)}])
 
 
 def test_a_table_that_is_looked_up_twice_is_stored_once() -> None:
@@ -108,3 +113,39 @@ def test_look_ups_in_integers_and_in_activations_are_passed_over() -> None:
     )
     result = check_pass(SMALL, before=before, after=before, feeds=[{"ids": np.array([[0, 1], [1, 0]])}])
     assert not result.declined
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        WeightFormat(bits=4),
+        WeightFormat(bits=4, group_size=16),
+        WeightFormat(format="kmeans", bits=4),
+        WeightFormat(format="bcq", bits=3, group_size=32),
+    ],
+    ids=str,
+)
+def test_a_table_of_fewer_bits_is_what_its_solver_says_and_its_codes_are_noted(wanted: WeightFormat) -> None:
+    array = np.random.default_rng(2).standard_normal((100, 64)).astype(np.float32)
+    model = parse(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        model (int64[m] ids) => (float[m, 64] y) <float[1, 1] table = {0.0}> { y = Gather(table, ids) }"""
+    )
+    graph.replace_constant(model, graph.nodes(model, "Gather")[0], 0, "rows", array)
+    result = QuantizeEmbeddings(wanted).run(model, Context())
+    assert [event.reason for event in result.rewrites] == [f"{wanted} of rows".replace("per column", "per row")]
+    expected = solve(array.T, wanted, None, None)
+    origin = origin_of(model.graph.initializers["rows_codes"])
+    assert origin is not None and origin.by_rows and origin.coded.bits == wanted.bits
+    np.testing.assert_array_equal(Session(model).run({"ids": np.arange(100)})["y"], expected.dequantized().T)
+
+
+def test_packed_tables_give_the_same_rows() -> None:
+    array = np.random.default_rng(2).standard_normal((100, 64)).astype(np.float32)
+    model = parse(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        model (int64[m] ids) => (float[m, 64] y) <float[1, 1] table = {0.0}> { y = Gather(table, ids) }"""
+    )
+    graph.replace_constant(model, graph.nodes(model, "Gather")[0], 0, "rows", array)
+    QuantizeEmbeddings(WeightFormat(bits=4, group_size=16)).run(model, Context())
+    check_pass(PackWeights(), before=model, feeds=[{"ids": np.array([0, 99, 5, 5, -1])}])

@@ -8,8 +8,9 @@ import yaml
 from scalefold import passes
 from scalefold.compiler.errors import RecipeError
 from scalefold.compiler.protocol import Pipeline
-from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
+from scalefold.compiler.recipe import Recipe, WeightFormat, load_recipe, named_recipes
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.pack_weights import PackWeights
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_what_a_file_leaves_out_has_its_default_and_the_name_is_that_of_the_file
     recipe = load_recipe(written(folder, "weights: {bits: 4}\n"))
     assert recipe == Recipe.model_validate({"name": "mine", "weights": {"bits": 4}})
     assert recipe.migration is None
-    assert recipe.activations.bits == 8
+    assert recipe.activations is not None and recipe.activations.bits == 8
 
 
 def test_a_section_that_is_null_is_not_done(folder: Path) -> None:
@@ -134,3 +135,79 @@ def test_keys_that_are_no_words_are_faults_too(folder: Path) -> None:
 def test_a_recipe_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(Recipe(), "name", "other")  # noqa: B010
+
+
+FORMATS = """
+weights:
+  {format: kmeans, bits: 4, codebook: column, weighting: hessian, compensation: true,
+   layers: {pooler: {bits: 8}, 'attention': {format: linear, group_size: 32}, query: {format: linear, solver: rtn}}}
+"""
+
+
+def test_the_last_pattern_that_matches_a_layer_says_its_format(folder: Path) -> None:
+    weights = load_recipe(written(folder, FORMATS)).weights
+    assert weights.of("pooler.dense") == WeightFormat(
+        format="kmeans", bits=8, codebook="column", weighting="hessian", compensation=True
+    )
+    assert weights.of("attention.key") == WeightFormat(bits=4, group_size=32)
+    assert weights.of("attention.query") == WeightFormat(bits=4, solver="rtn")
+    assert str(weights.of("attention.key")) == "int4 in groups of 32"
+    assert str(weights.of("output")) == "4-bit kmeans per column"
+
+
+def test_overrides_are_written_out_and_read_back_as_they_were_given(folder: Path) -> None:
+    recipe = load_recipe(written(folder, FORMATS))
+    content = recipe.model_dump(mode="json")
+    assert content["weights"]["layers"]["query"] == {"format": "linear", "solver": "rtn"}
+    assert load_recipe(written(folder, yaml.safe_dump(content))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{bits: 0}", "weights.bits: input should be greater than or equal to 1, got 0"),
+        ("{format: kmeans, solver: hqq}", "weights: solver hqq is not one of format kmeans, which has lloyd, exact"),
+        ("{format: kmeans, group_size: 8}", "weights: group_size is for linear and bcq"),
+        ("{weighting: hessian}", "weights: weighting is for kmeans"),
+        ("{bits: 7, group_size: 32}", "weights: int8 has no room for a step per group of 7-bit codes"),
+        ("{format: kmeans, bits: 7, solver: exact}", "weights: solver exact takes too long above 6 bits"),
+        ("{bits: 4, solver: hqq}", "weights: solver hqq moves the zero point"),
+        ("{layers: {fc: {bits: 9}}}", "weights.layers.fc.bits: input should be less than or equal to 8, got 9"),
+        ("{layers: {fc: {solver: lloyd}}}", "weights: layers.fc: solver lloyd is not one of format linear"),
+        ("{layers: {fc: {colour: red}}}", "weights.layers.fc.colour: no such key"),
+    ],
+)
+def test_values_that_do_not_go_together_are_faults_that_say_why(text: str, fault: str, folder: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(folder, f"weights: {text}\n"))
+    assert caught.value.faults[0].startswith(fault)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_of_embeddings_have_formats_too(folder: Path) -> None:
+    recipe = load_recipe(written(folder, "embeddings: {bits: 4, group_size: 32}\n"))
+    assert recipe.embeddings is not None
+    assert recipe.embeddings.weight == WeightFormat(bits=4, group_size=32)
+    with pytest.raises(RecipeError, match="embeddings: group_size is for linear and bcq"):
+        load_recipe(written(folder, "embeddings: {bits: 4, format: kmeans, group_size: 32}\n"))
+
+
+def test_float_activations_leave_nothing_to_tame(folder: Path) -> None:
+    recipe = load_recipe(written(folder, "activations: null\n"))
+    quantize = [entry.name for entry in passes.pipeline(recipe).quantize]
+    assert quantize == ["quantize-weights"]
+    assert "lower-integer-matmul" not in [entry.name for entry in passes.pipeline(recipe).lower]
+    with pytest.raises(RecipeError, match="prefix, migration would do nothing, because activations are null"):
+        load_recipe(written(folder, "activations: null\nprefix: {}\nmigration: {}\n"))
+
+
+def test_weights_are_packed_unless_a_recipe_says_otherwise(folder: Path) -> None:
+    assert passes.pipeline(Recipe()).lower[-1] == PackWeights()
+    recipe = load_recipe(written(folder, "weights: {bits: 6, packed: false}\n"))
+    assert PackWeights() not in passes.pipeline(recipe).lower
+
+
+def test_solvers_default_to_the_best_of_their_format() -> None:
+    assert [WeightFormat(bits=bits).chosen_solver for bits in (8, 4)] == ["rtn", "mse"]
+    assert WeightFormat(format="kmeans", bits=4).chosen_solver == "lloyd"
+    assert WeightFormat(format="bcq", bits=4).chosen_solver == "alternating"

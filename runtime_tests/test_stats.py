@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from scalefold.compiler.schemes import Float
-from scalefold.compiler.stats import AverageRange, ChannelRange, RowSample, Statistic, TokenRange
+from scalefold.compiler.stats import AverageRange, ChannelRange, RowSample, SecondMoment, Statistic, TokenRange
 
 FACTORIES: list[Callable[[], Statistic]] = [
-    ChannelRange, AverageRange, TokenRange, lambda: TokenRange(capacity=20), RowSample, lambda: RowSample(capacity=20)
+    ChannelRange, AverageRange, TokenRange, lambda: TokenRange(capacity=20), RowSample, lambda: RowSample(capacity=20),
+    SecondMoment, lambda: SecondMoment(diagonal=True),
 ]  # fmt: skip
 NAMES = ["ChannelRange", "AverageRange", "TokenRange", "TokenRange of 20", "RowSample", "RowSample of 20"]
+NAMES += ["SecondMoment", "its diagonal"]
 EVERY = pytest.mark.parametrize("factory", FACTORIES, ids=NAMES)
 SEEDS = pytest.mark.parametrize("seed", range(6))
 
@@ -176,3 +178,14 @@ def test_a_row_sample_holds_rows_of_the_stream_and_no_more_than_its_capacity(see
     assert len(found.rows) == len(found.priorities) == 30
     known = {row.tobytes() for row in rows}
     assert all(row.tobytes() in known for row in found.rows)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_second_moment_is_the_mean_of_the_products_of_channels(diagonal: bool) -> None:
+    found = gathered(lambda: SecondMoment(diagonal=diagonal), list(enumerate(stream(4))))
+    assert isinstance(found, SecondMoment) and found.mean is not None
+    rows = np.concatenate(stream(4)).astype(np.float64)
+    wanted = rows.T @ rows / len(rows)
+    assert found.mean.dtype == np.float64
+    np.testing.assert_allclose(found.mean, np.diagonal(wanted) if diagonal else wanted, rtol=1e-12)
+    assert SecondMoment(diagonal).mean is None

@@ -5,9 +5,12 @@ import onnx_ir as ir
 import pytest
 
 from scalefold.compiler import graph
+from scalefold.compiler.decode_chain import FIELDS, origin_of
 from scalefold.compiler.protocol import Context
+from scalefold.compiler.recipe import Weights
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.testing import check_pass
+from scalefold.passes.pack_weights import PackWeights
 from scalefold.passes.tie_embeddings import TieEmbeddings
 
 V, H = 12, 4
@@ -70,6 +73,33 @@ def test_an_excluded_output_layer_keeps_the_float_table() -> None:
     assert [event.reason for event in result.declined] == ["excluded by the recipe"]
 
 
-def _context() -> Context:
+@pytest.mark.parametrize(
+    "weights",
+    [Weights(bits=4), Weights(bits=4, group_size=2), Weights(format="kmeans", bits=3), Weights(format="bcq", bits=2)],
+    ids=str,
+)
+def test_both_read_one_array_of_packed_codes(weights: Weights) -> None:
+    model = tied()
+    tie = TieEmbeddings(weights, bits=weights.bits)
+    check_pass(tie, before=model, feeds=FEEDS)
+    tie.run(model, _context())
+    (stored,) = [value for value in model.graph.initializers.values() if origin_of(value) is not None]
+    wanted = Session(model).run(FEEDS[0])
+    check_pass(PackWeights(), before=model, feeds=FEEDS)
+    PackWeights().run(model, _context())
+    got = Session(model).run(FEEDS[0])
+    np.testing.assert_array_equal(wanted["e"], got["e"])
+    np.testing.assert_array_equal(wanted["y"], got["y"])
+    codes = [value for name, value in model.graph.initializers.items() if name.startswith(f"{stored.name}_codes")]
+    wanted_bytes = V * sum(-(-H * width // 8) for width in FIELDS[weights.bits])
+    assert sum(value.const_value.nbytes for value in codes if value.const_value) == wanted_bytes
 
+
+def test_an_output_layer_of_other_bits_is_not_tied() -> None:
+    weights = Weights.model_validate({"layers": {"lm_head": {"bits": 4}}})
+    result = check_pass(TieEmbeddings(weights), before=tied(), after=tied(), feeds=FEEDS)
+    assert [event.reason for event in result.declined] == ["the layer has 4 bits and the table 8"]
+
+
+def _context() -> Context:
     return Context()
