@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
-from scalefold.compiler.driver import CompileReport, compile_model
-from scalefold.compiler.errors import ScalefoldError
-from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CompileReport", "Recipe", "ScalefoldError", "compile_model", "load_recipe", "named_recipes"]
+if TYPE_CHECKING:
+    from scalefold.compiler.diff import Diff, diff_models
+    from scalefold.compiler.driver import CompileReport, compile_model
+    from scalefold.compiler.errors import ScalefoldError
+    from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
+    from scalefold.compiler.transformers_quantizer import ScalefoldQuantizer
+
+__all__ = [
+    "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model", "diff_models",
+    "load_recipe", "named_recipes",
+]  # fmt: skip
+
+HOMES = {
+    "diff": ("Diff", "diff_models"),
+    "driver": ("CompileReport", "compile_model"),
+    "errors": ("ScalefoldError",),
+    "recipe": ("Recipe", "load_recipe", "named_recipes"),
+    "transformers_quantizer": ("ScalefoldQuantizer",),
+}
+"""The modules that names live in: imported on first use, for the pytest plug-in is loaded by every test run."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(import_module(f"scalefold.compiler.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

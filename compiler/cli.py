@@ -377,8 +377,7 @@ def _checked_gates(path: Path, kernels: Sequence[verify.LayerKernel]) -> list[Ga
     sample = calibrate.calibration_from(
         None, model, tokenizer_file=tokenizer if tokenizer.is_file() else None, samples=1, max_length=PARITY_TOKENS
     )
-    per_token = any(kernel.activation == "per-token" for kernel in kernels)
-    return run_gates(model, Session(path), sample.head(1)[0], per_token=per_token)
+    return run_gates(model, Session(path), sample.head(1)[0], rounds_rows=verify.rounds_rows(kernels))
 
 
 def _gate_line(gate: Gate) -> str:

@@ -33,7 +33,7 @@ from scalefold.compiler.decoder import (
     prefix_length,
 )
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
-from scalefold.compiler.export import export_model
+from scalefold.compiler.export import SENTENCE_FILES, export_model
 from scalefold.compiler.gates import Gate, run_gates
 from scalefold.compiler.intake import clean, read_onnx
 from scalefold.compiler.layer_formats import formats_of
@@ -66,7 +66,7 @@ SPILLED = 1 << 16
 TOOLS = ("scalefold", "numpy", "onnx", "onnx-ir", "onnx-graphsurgeon", "onnxruntime", "tokenizers")
 SIDECARS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", *SENTENCE_FILES,
 )  # fmt: skip
 
 
@@ -194,7 +194,8 @@ def compile_model(
     """Compile a model to a folder that onnxruntime and transformers load.
 
     Args:
-        source: a hub id, a folder, a transformers model, an `.onnx` file, or the name of a reference model.
+        source: a hub id, a folder, a transformers model, an `.onnx` file, the `onnx_ir.Model` that transformers' exporter
+            gives, or the name of a reference model.
         output: the folder to write; may be None for a dry run. An earlier result there is replaced whole.
         recipe: a named recipe, a YAML file, or a `Recipe`.
         calibration: see `calibrate.calibration_from`; None takes text of the Python installation.
@@ -357,8 +358,8 @@ class _Run:
             outputs = verify.fidelity(
                 Session(self.original, outputs=_results(self.original), lean=True), session, self.held_out
             )
-            per_token = any(entry.activation == "per-token" for entry in kernels)
-            gates = run_gates(self.source.model, session, self.held_out[0], per_token=per_token)
+            rows = verify.rounds_rows(kernels)
+            gates = run_gates(self.source.model, session, self.held_out[0], rounds_rows=rows)
             del session
             advance()
             load_seconds = verify.load_seconds(stage / artifact.MODEL)
@@ -427,6 +428,7 @@ class _Run:
     def _add_sidecars(self, stage: Path) -> None:
         for name in SIDECARS:
             if (self.source.folder / name).is_file():
+                (stage / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.source.folder / name, stage / name)
         if taken := prefix_length(self.source.model):
             _shorten_positions(stage / "config.json", taken)
@@ -502,6 +504,11 @@ def _open(source: object, folder: Path, task: str | None, clock: _Clock, progres
     if isinstance(source, str) and source in (builders := _reference_builders()):
         module, function = builders[source]
         source = getattr(module, function)()
+    if isinstance(source, ir.Model):
+        with clock.stage("export"):
+            folder.mkdir(parents=True)
+            ir.save(source, folder / artifact.MODEL, external_data=artifact.DATA)
+            return _opened("onnx_ir.Model", folder / artifact.MODEL, read_onnx(folder / artifact.MODEL), None)
     if isinstance(source, str | Path) and (str(source).endswith(".onnx") or Path(source).is_file()):
         with clock.stage("intake"):
             path = Path(source)

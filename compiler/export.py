@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,12 @@ ARCHITECTURE_SUFFIXES = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
 }
+
+
+SENTENCE_FILES = (
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+)  # fmt: skip
+"""What sentence-transformers reads beside a model: how its tokens become the embedding of a sentence."""
 
 
 def export_model(source: object, folder: Path, task: str | None = None) -> None:
@@ -113,6 +120,17 @@ def _export(source: str, folder: Path, task: str | None) -> None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if task == "feature-extraction":
+        _copy_sentence_files(transformers, source, folder)
+
+
+def _copy_sentence_files(transformers: Any, source: str, folder: Path) -> None:
+    """Copy what sentence-transformers reads, so that it loads the compiled folder too; most models have none of it."""
+    for name in SENTENCE_FILES:
+        found = transformers.utils.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(found, folder / name)
 
 
 def _require(name: str) -> Any:

@@ -17,8 +17,8 @@ class Fact(Enum):
 
     NORMAL_FORM = "every linear layer is MatMul(x, W[K, N]) with an optional Add of a bias[N]"
     NAMED_LAYERS = "every linear layer's MatMul has a name, and no two the same"
-    QUANTIZED_WEIGHTS = "some linear layer reads its weight through a DequantizeLinear of integers"
-    QDQ = "some linear layer reads both its activation and its weight through DequantizeLinear"
+    QUANTIZED_WEIGHTS = "some linear layer reads its weight through a DequantizeLinear of integers, or in blocks"
+    QDQ = "some linear layer reads activation and weight through DequantizeLinear, or its weight in blocks"
 
     def holds(self, model: ir.Model) -> bool:
         """Check the claim on `model`."""
@@ -85,13 +85,19 @@ def _named_layers(model: ir.Model) -> bool:
     return all(names) and len(set(names)) == len(names)
 
 
+def _quantized_weights(model: ir.Model) -> bool:
+    return bool(quantized_matmuls(model) or graph.nodes(model, "MatMulNBits"))
+
+
 def _qdq(model: ir.Model) -> bool:
-    return any(graph.producer(node.inputs[0], "DequantizeLinear") for node in quantized_matmuls(model))
+    return bool(graph.nodes(model, "MatMulNBits")) or any(
+        graph.producer(node.inputs[0], "DequantizeLinear") for node in quantized_matmuls(model)
+    )
 
 
 _CHECKS: dict[Fact, Callable[[ir.Model], bool]] = {
     Fact.NORMAL_FORM: _normal_form,
     Fact.NAMED_LAYERS: _named_layers,
-    Fact.QUANTIZED_WEIGHTS: lambda model: bool(quantized_matmuls(model)),
+    Fact.QUANTIZED_WEIGHTS: _quantized_weights,
     Fact.QDQ: _qdq,
 }

@@ -18,8 +18,8 @@ from scalefold.compiler.runtime import Array, Feed, Session
 STATIC_LIMIT = 1e-3
 """Largest difference, as a share of the largest output: float additions in another order. An output below 1 counts as 1."""
 
-PER_TOKEN_LIMIT = 2e-2
-"""The same with ranges per token, where that can turn one code into its neighbour."""
+ROWS_LIMIT = 2e-2
+"""The same where rows are rounded by their own extremes, and that can turn one code into its neighbour."""
 
 PARITY_TOKENS = 64
 BATCH = 8
@@ -46,16 +46,16 @@ class Gate:
     detail: str
 
 
-def run_gates(model: ir.Model, session: Session, feed: Feed, *, per_token: bool) -> list[Gate]:
+def run_gates(model: ir.Model, session: Session, feed: Feed, *, rounds_rows: bool) -> list[Gate]:
     """Every gate that applies to a compiled model.
 
     Args:
         model: the graph as it was written.
         session: an open session of it.
         feed: a sample of one sequence.
-        per_token: whether any layer has a range per token.
+        rounds_rows: whether any layer's input is rounded by what is in each row.
     """
-    limit = PER_TOKEN_LIMIT if per_token else STATIC_LIMIT
+    limit = ROWS_LIMIT if rounds_rows else STATIC_LIMIT
     found = [no_saturation(model)]
     ids = feed.get("input_ids")
     if ids is None or ids.ndim != 2:

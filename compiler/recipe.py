@@ -256,6 +256,21 @@ class CalibrationOptions(_Section):
     )
 
 
+class UserFunction(_Section):
+    """A function of the user's own that changes the graph; see `user_pass`."""
+
+    function: str = Field(description="dotted name of a function of an onnx_ir.Model or an onnx-graphsurgeon Graph")
+    place: Literal["before-migration", "before-quantization"] = Field(
+        "before-quantization", description="where it runs: on the graph in normal form, or after migration"
+    )
+    takes: Literal["onnx_ir", "graphsurgeon"] | None = Field(
+        None, description="what the function takes; null reads the annotation of its parameter"
+    )
+    contract: Literal["exact", "reassociated", "lossy"] = Field(
+        "lossy", description="what it promises about the function of the graph"
+    )
+
+
 class Recipe(_Section):
     """A whole recipe; a section that is left out, or null, is not done at all."""
 
@@ -268,6 +283,7 @@ class Recipe(_Section):
     prefix: Prefix | None = None
     migration: Migration | None = None
     exceptions: Exceptions | None = None
+    user_passes: tuple[UserFunction, ...] = ()
     calibration: CalibrationOptions = CalibrationOptions()
     target: Target = "onnxruntime-cpu"
     profile: Profile = Field(

@@ -76,10 +76,9 @@ class ScalefoldQuantizer(ExportQuantizer):  # type: ignore[misc]
         names = [value.name for value in model.graph.inputs if not value.is_initializer()]
         feeds = CalibrationSet(self.calibration_dataset, sample_inputs, lambda sample: onnx_feed(names, sample))
         with tempfile.TemporaryDirectory() as scratch:
-            source, output = Path(scratch) / artifact.MODEL, Path(scratch) / "compiled"
-            ir.save(model, source, external_data=artifact.DATA)
+            output = Path(scratch) / "compiled"
             compile_model(
-                source,
+                model,
                 output,
                 recipe=self.recipe,
                 calibration=feeds,

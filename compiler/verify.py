@@ -108,6 +108,11 @@ def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]
     return kernels
 
 
+def rounds_rows(kernels: Sequence[LayerKernel]) -> bool:
+    """Whether any layer's input is rounded by what is in each row: per token, or by a kernel in blocks."""
+    return any(entry.activation == "per-token" or entry.kernel == "MatMulNBits" for entry in kernels)
+
+
 def quantized_layers(model: ir.Model) -> list[str]:
     """The names of the layers whose weights are integer codes in the written graph."""
     return [node.name or "" for node in graph.nodes(model, *LINEAR_OPS) if _weight_of(node)[1]]

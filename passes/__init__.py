@@ -5,6 +5,7 @@ from __future__ import annotations
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Pass, Pipeline
 from scalefold.compiler.recipe import Activations, Exceptions, Recipe, Target
+from scalefold.compiler.user_pass import BY_CONTRACT
 from scalefold.passes.bake_prefix import BakePrefix
 from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.fit_activations import FitActivations
@@ -62,7 +63,7 @@ def pipeline(recipe: Recipe) -> Pipeline:
 
 def _transform(recipe: Recipe) -> tuple[Pass, ...]:
     prefix, migration, activations = recipe.prefix, recipe.migration, recipe.activations
-    passes: list[Pass] = []
+    passes = _user_passes(recipe, "before-migration")
     if prefix is not None:
         passes.append(BakePrefix(prefix.candidates, prefix.reduction))
     if migration is not None and activations is not None:
@@ -81,7 +82,15 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
                 gate=migration.gate,
             )
         )
-    return tuple(passes)
+    return (*passes, *_user_passes(recipe, "before-quantization"))
+
+
+def _user_passes(recipe: Recipe, place: str) -> list[Pass]:
+    """The user's functions at a place, and what brings layers back into normal form behind them."""
+    found: list[Pass] = [
+        BY_CONTRACT[entry.contract](entry.function, entry.takes) for entry in recipe.user_passes if entry.place == place
+    ]
+    return [*found, NormalizeLinear()] if found else []
 
 
 def _quantize(recipe: Recipe) -> tuple[Pass, ...]:

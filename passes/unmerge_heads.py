@@ -119,9 +119,7 @@ def _apart_transposed(value: ir.Value | None, heads: int) -> ir.Value | None:
     return _apart(swap.inputs[0], heads)
 
 
-def _rewrite(
-    model: ir.Model, softmax: ir.Node, core: _Merged, sums: dict[tuple[ir.Value, ir.Value], ir.Value]
-) -> None:
+def _rewrite(model: ir.Model, softmax: ir.Node, core: _Merged, sums: dict[tuple[ir.Value, ir.Value], ir.Value]) -> None:
     name = softmax.name or softmax.outputs[0].name or "attention"
     for state in (core.query, core.key, core.value):
         _flatten_picked(model, state, core.heads)

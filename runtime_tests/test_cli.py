@@ -16,10 +16,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 OPTIONS = {
     "compile": (
         "--output", "--recipe", "--calibration", "--samples", "--task", "--target", "--include", "--exclude",
-        "--allow-float", "--dry-run", "--json", "SOURCE",
+        "--allow-float", "--max-float-fraction", "--profile", "--rows", "--dry-run", "--json", "SOURCE",
     ),
-    "verify": ("--allow-float", "--json", "FOLDER"),
+    "verify": ("--allow-float", "--gates", "--json", "FOLDER"),
     "inspect": ("--json", "SOURCE"),
+    "diff": ("--tolerance", "--ignore-metadata", "--quantization", "--json", "FIRST", "SECOND"),
     "eval": (
         "--data", "--metric", "--against", "--window", "--stride", "--windows", "--seed", "--json", "FOLDER",
     ),

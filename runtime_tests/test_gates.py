@@ -57,7 +57,7 @@ def test_a_range_of_the_whole_batch_is_found_out() -> None:
 def test_a_float_decoder_passes_every_gate(decoder_models: dict[str, ir.Model], family: str) -> None:
     model = decoder_models[family]
     ids = np.random.default_rng(1).integers(5, 200, (1, 12))
-    gates = run_gates(model, Session(model), decoder_of(model).prompt_feed(ids), per_token=False)
+    gates = run_gates(model, Session(model), decoder_of(model).prompt_feed(ids), rounds_rows=False)
     assert [gate.name for gate in gates if gate.passed] == [
         "no saturation",
         "cache parity",
