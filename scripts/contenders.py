@@ -325,6 +325,10 @@ CONTENDERS = (
     Contender("scalefold-qdq", "scalefold", "w8a8, target qdq", _scalefold("--recipe", "w8a8", "--target", "qdq")),
     Contender("scalefold-naive", "scalefold", "w8a8-naive", _scalefold("--recipe", "w8a8-naive"), timed=False),
     Contender("scalefold-w6a6", "scalefold", "w6a6", _scalefold("--recipe", "w6a6"), timed=False),
+    *(
+        Contender(f"scalefold-{recipe}", "scalefold", recipe, _scalefold("--recipe", recipe), timed=False)
+        for recipe in ("w4a8", "w4a8-kmeans", "w4a8-bcq", "w3a8-kmeans")
+    ),
 )
 DECODERS = (
     FLOAT,
@@ -338,6 +342,9 @@ DECODERS = (
     *(
         Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe))
         for recipe in ("w8a8", "w8a8-static", "w8a8-token")
+    ),
+    Contender(
+        "w4a8-decode", "scalefold", "w4a8, profile decode", _scalefold("--recipe", "w4a8", "--profile", "decode")
     ),
 )
 BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *DECODERS)}
