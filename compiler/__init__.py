@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from scalefold.compiler.driver import CompileReport, compile_model
     from scalefold.compiler.errors import ScalefoldError
     from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
+    from scalefold.compiler.serving import AdapterSession, load, write_overridable
     from scalefold.compiler.transformers_quantizer import ScalefoldQuantizer
 
 __all__ = [
-    "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model", "diff_models",
-    "load_recipe", "named_recipes",
+    "AdapterSession", "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model", "diff_models",
+    "load", "load_recipe", "named_recipes", "write_overridable",
 ]  # fmt: skip
 
 HOMES = {
@@ -22,6 +23,7 @@ HOMES = {
     "driver": ("CompileReport", "compile_model"),
     "errors": ("ScalefoldError",),
     "recipe": ("Recipe", "load_recipe", "named_recipes"),
+    "serving": ("AdapterSession", "load", "write_overridable"),
     "transformers_quantizer": ("ScalefoldQuantizer",),
 }
 """The modules that names live in: imported on first use, for the pytest plug-in is loaded by every test run."""

@@ -1,4 +1,4 @@
-"""The command line: compile, verify, inspect, diff, eval, generate, recipes."""
+"""The command line: compile, verify, inspect, report, sensitivity, diff, eval, generate, tune, recipes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from rich.table import Table
 from scalefold.compiler import artifact, calibrate, evaluate, graph, verify
 from scalefold.compiler.diff import diff_files
 from scalefold.compiler.driver import CompileReport, compile_model, open_source, reference_models
-from scalefold.compiler.errors import InterruptError, ScalefoldError, SourceError
+from scalefold.compiler.errors import InterruptError, OutputError, ScalefoldError, SourceError
 from scalefold.compiler.gates import PARITY_TOKENS, Gate, require_gates, run_gates
 from scalefold.compiler.generate import Generator, Sampling
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.recipe import Profile, Target, load_recipe, named_recipes
+from scalefold.compiler.report import gather_report
+from scalefold.compiler.report_page import render, write_plots
 from scalefold.compiler.runtime import Session, inputs_of
+from scalefold.compiler.sensitivity import Sensitivity, measure_sensitivity, plot
+from scalefold.compiler.task_data import Task
+from scalefold.compiler.tunable_weights import Train
 
 app = typer.Typer(
     name="scalefold",
@@ -203,6 +208,67 @@ def inspect(
     console.print(table)
 
 
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    against: Annotated[
+        str | None,
+        typer.Option(help="The float model, to compare speed and outputs with: a hub id, folder or .onnx file."),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="A folder to write every plot to, as SVG files.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what is known of a compiled model to one HTML page: ranges, errors, kernels, time, size, passes."""
+    with _progress(quiet=as_json) as progress:
+        report = gather_report(folder, against, progress)
+    try:
+        output.write_text(render(report), encoding="utf-8")
+        drawn = [] if plots is None else write_plots(report, plots)
+    except OSError as error:
+        raise OutputError(
+            f"it cannot be written ({error.strerror})", where=str(error.filename), remedy="give another place"
+        ) from error
+    if as_json:
+        _print_json({**report.facts(), "output": str(output), "plots": [str(path) for path in drawn]})
+        return
+    many = f", and {len(drawn)} plots in {plots}" if drawn else ""
+    Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB{many}", soft_wrap=True, highlight=False)
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    source: Annotated[
+        str, typer.Argument(help="A float model: a hub id, a folder, an .onnx file, or a reference model's name.")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="Measure behind this recipe's migration; default: the model as it is.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="Bit widths of weights and inputs, with commas.")] = "8,6,4",
+    top: Annotated[int, typer.Option(min=0, help="Run the whole model for so many of the worst layers.")] = 16,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, JSON lines or .npz; default: English text of the Python installation.")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="An SVG file to draw it to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which linear layers quantization hurts most, alone and within the whole model, and why."""
+    try:
+        widths = [int(width) for width in bits.split(",")]
+    except ValueError:
+        widths = []
+    with _progress(quiet=as_json) as progress:
+        found = measure_sensitivity(
+            source, recipe=recipe, bits=widths, top=top, calibration=calibration, progress=progress
+        )
+    if plot_file is not None:
+        plot_file.write_text(plot(found).svg(), encoding="utf-8")
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        _print_sensitivity(found)
+
+
 @app.command("diff")
 def diff_command(
     first: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with model.onnx in it.")],
@@ -306,6 +372,61 @@ def generate_command(
         soft_wrap=True,
         highlight=False,
     )
+
+
+@app.command("tune")
+def tune_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote.")],
+    data: Annotated[
+        Path, typer.Option(help="JSON lines with prompt and target, or text; classification: with text and label.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The adapter's folder; an unfinished run goes on.")],
+    task: Annotated[str, typer.Option(help="causal-lm or classification.")] = "causal-lm",
+    train: Annotated[
+        str,
+        typer.Option(
+            help="alpha1 (the largest alpha of binary-coded weights), alphas (all of them), scales (of columns), or"
+            " codebooks (of k-means weights)."
+        ),
+    ] = "alpha1",
+    epochs: Annotated[int, typer.Option(help="Times that every sample is seen.")] = 5,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start; it falls linearly to 0.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples, and of which are held out.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    max_length: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 256,
+    held_out: Annotated[float, typer.Option(help="Share of the samples that only judge.")] = 0.1,
+    group_gradients: Annotated[
+        bool, typer.Option(help="Divide gradients by the number of weights that share what is trained.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Tune a compiled model for a task by its scaling factors alone, and write them as an adapter."""
+    if task not in get_args(Task):
+        raise SourceError(f"there is no task {task!r}", where="--task", remedy="choose causal-lm or classification")
+    if train not in get_args(Train):
+        choices = ", ".join(get_args(Train))
+        raise SourceError(f"{train!r} cannot be trained", where="--train", remedy=f"choose from {choices}")
+    try:
+        from scalefold.compiler import tuning
+    except ImportError as error:
+        raise SourceError(
+            f"tuning needs the package {error.name}",
+            where="the Python installation",
+            remedy="pip install 'scalefold[hf]'",
+        ) from error
+    settings = tuning.Settings(
+        cast(Train, train), epochs, lr, batch, seed, weight_decay, max_length, held_out, group_gradients
+    )
+    with _progress(quiet=as_json) as progress:
+        report = tuning.tune(folder, output, data, task=cast(Task, task), settings=settings, progress=progress)
+    if as_json:
+        _print_json({**asdict(report), "output": str(report.output)})
+        return
+    table = Table("measure", "value")
+    for name, value in asdict(report).items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
 
 
 @app.command()
@@ -467,6 +588,23 @@ def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str) -> None:
         )
         table.add_row(entry.name, *figures)
     Console().print(table)
+
+
+def _print_sensitivity(found: Sensitivity) -> None:
+    console = Console()
+    for index, (width, total) in enumerate(found.whole.items()):
+        title = f"{width} bits: all layers quantized give {total:.4g} ({found.measure})"
+        table = Table("linear layer", "SQNR dB", "of weight", "of input", "alone", "gain if float", title=title)
+        for layer in found.layers:
+            error = layer.errors[index]
+            figures = (error.sqnr_db, error.weight_sqnr_db, error.input_sqnr_db)
+            whole = ("" if value is None else f"{value:.3g}" for value in (error.alone, error.gain))
+            table.add_row(layer.name, *(f"{value:.1f}" for value in figures), *whole)
+        console.print(table)
+    table = Table("linear layer", "largest |x|", "largest / median channel", "kurtosis", title="what each layer reads")
+    for layer in found.layers:
+        table.add_row(layer.name, f"{layer.largest:.4g}", f"{layer.spread:.1f}", f"{layer.kurtosis:.1f}")
+    console.print(table)
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from scalefold.compiler import artifact, calibrate, graph, verify
+from scalefold.compiler import artifact, calibrate, channel_ranges, graph, verify
 from scalefold.compiler.calibrate import Calibration
 from scalefold.compiler.decoder import (
     POSITION_KEYS,
@@ -270,6 +270,7 @@ class _Run:
         self.held_out: list[Feed] = []
         self.held_origin = ""
         self.layer_sqnr: dict[str, float] = {}
+        self.ranges: list[channel_ranges.Ranges] = []
 
     def apply(self, passes: Sequence[Pass]) -> None:
         """Run passes in order, each only on a graph that has the facts it requires."""
@@ -318,6 +319,7 @@ class _Run:
         self.calibration = {"origin": used.origin, "samples": used.count, "digest": used.digest()}
         search_samples = -(-options.search_samples // fewer)
         self.context = _context(used, search_samples, self.tamed, self.progress)
+        self._measure_ranges()
 
     def spill(self, folder: Path) -> None:
         """Move weights that passes made in memory to a file in `folder`, from where they are mapped when needed."""
@@ -335,8 +337,16 @@ class _Run:
                 if value is not None and value.const_value is tensor:
                     value.const_value = outside
 
+    def _measure_ranges(self) -> None:
+        """Measure how far each channel reaches in the float graph as it is now."""
+        names = {layer.name for layer in graph.linear_layers(self.tamed)}
+        feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
+        with self.clock.stage("channel ranges"):
+            self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
+
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
+        self._measure_ranges()
         with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
             self.layer_sqnr = verify.layer_sqnr(
                 self.tamed, self.source.model, [first_tokens(feed, COMPARED) for feed in self.held_out]
@@ -350,6 +360,7 @@ class _Run:
         with self.clock.stage("write"):
             artifact.save_model(self.source.model, stage)
             self._add_sidecars(stage)
+            channel_ranges.write(stage, *self.ranges)
         with self.clock.stage("verify"), self.progress("verifying", 3) as advance:
             kernels = verify.layer_kernels(stage / artifact.MODEL, weight_only=self.recipe.activations is None)
             advance()
@@ -538,6 +549,26 @@ def open_source(source: object, *, task: str | None = None, progress: Progress =
         for entry in _pipeline(Recipe()).normalize:
             entry.run(opened.model, Context())
         yield opened.model
+
+
+@contextmanager
+def open_with_samples(
+    source: object, recipe: str | Path | None, calibration: object, progress: Progress = silent
+) -> Iterator[tuple[ir.Model, list[Feed]]]:
+    """The float graph of any source in normal form, behind a recipe's float passes where one is given, and samples.
+
+    Samples are those that `compile_model` would hold out.
+    """
+    plan = load_recipe(recipe) if recipe is not None else Recipe()
+    pipeline, clock = _pipeline(plan), _Clock()
+    with _scratch(None) as scratch:
+        opened = _open(source, scratch / "float", None, clock, progress)
+        run = _Run(plan, opened, progress, clock)
+        run.apply(pipeline.normalize)
+        run.calibrate(_own_samples(source) if calibration is None else calibration)
+        if recipe is not None:
+            run.apply(pipeline.transform)
+        yield opened.model, run.held_out
 
 
 def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> list[graph.Linear]:

@@ -20,6 +20,8 @@ OPTIONS = {
     ),
     "verify": ("--allow-float", "--gates", "--json", "FOLDER"),
     "inspect": ("--json", "SOURCE"),
+    "sensitivity": ("--recipe", "--bits", "--top", "--calibration", "--plot", "--json", "SOURCE"),
+    "report": ("--output", "--against", "--plots", "--json", "FOLDER"),
     "diff": ("--tolerance", "--ignore-metadata", "--quantization", "--json", "FIRST", "SECOND"),
     "eval": (
         "--data", "--metric", "--against", "--window", "--stride", "--windows", "--seed", "--json", "FOLDER",

@@ -7,6 +7,7 @@ seen. Embeddings stay float.
     min-max          calibration alone
     OS+              Outlier Suppression+: searched shifts and scales
     QAT              every weight learns, and the range of every activation
+    OS+, then QAT    the same from migrated activations, a far better start
     Quadapter 1      scales behind normalizations learn, block by block
     Quadapter 1+2    the same, then end to end on the next token, as QAT does
 
@@ -22,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +49,26 @@ from scalefold.passes.clip_ranges import set_grid, source_of
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.migrate_outliers import MigrateOutliers
 
-FLOAT, MINMAX, OSPLUS, QAT, BLOCKS, BOTH = "float", "min-max", "OS+", "QAT", "Quadapter 1", "Quadapter 1+2"
-COLOURS = {MINMAX: "#7f8c8d", OSPLUS: "#2471a3", QAT: "#c0392b", BLOCKS: "#52be80", BOTH: "#1e8449"}
-RANGE_PACE = 40.0
+FLOAT, MINMAX, OSPLUS, QAT, MIGRATED_QAT = "float", "min-max", "OS+", "QAT", "OS+, then QAT"
+BLOCKS, BOTH = "Quadapter 1", "Quadapter 1+2"
+COLOURS = {
+    MINMAX: "#7f8c8d", OSPLUS: "#2471a3", QAT: "#c0392b", MIGRATED_QAT: "#e67e22", BLOCKS: "#52be80", BOTH: "#1e8449",
+}  # fmt: skip
+RANGE_PACE = 100.0
 """How much faster the logarithm of a range learns than a weight: their sizes differ so."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything.
+    """What is studied, and how much of everything.
 
     Attributes:
+        domain: what is calibrated and tuned on.
+        bits: of weights and activations.
+        methods: by name.
         window: tokens of a window.
-        tuned: windows to calibrate and tune on.
+        calibrated: windows that static ranges cover.
+        tuned: windows of those to search and learn on.
         judged: windows to judge on, of each domain.
         block_steps: steps for each block.
         steps: steps end to end, of QAT and of the second phase alike.
@@ -67,7 +76,11 @@ class Plan:
         seed: of the order of samples.
     """
 
+    domain: str = "prose"
+    bits: tuple[int, ...] = (8, 6)
+    methods: tuple[str, ...] = (MINMAX, OSPLUS, QAT, MIGRATED_QAT, BLOCKS, BOTH)
     window: int = 256
+    calibrated: int = 48
     tuned: int = 16
     judged: int = 16
     block_steps: int = 192
@@ -137,9 +150,11 @@ def quadapter(bench: Bench, *, end_to_end: bool) -> tuple[ir.Model, int]:
     return bench.quantized(model), sum(int(found["scales"]) for found in figures if "scales" in found)
 
 
-def quantization_aware_training(bench: Bench) -> tuple[ir.Model, int]:
+def quantization_aware_training(bench: Bench, *, migrated: bool) -> tuple[ir.Model, int]:
     """Every weight learns, and the two ends of every activation's range; gradients pass through rounding."""
     model, plan = bench.model.clone(), bench.plan
+    if migrated:
+        MigrateOutliers(weight_bits=bench.bits, activation_bits=bench.bits).run(model, bench.context)
     weights = {name: tensor_of(value).clone().requires_grad_() for name, value in _learnable(model).items()}
     sites = find_sites(model)
     extremes = channel_ranges(model, bench.context)
@@ -194,16 +209,17 @@ def _with_ranges(model: ir.Model, learned: Mapping[str | None, Observed], bits: 
     for quantize in graph.nodes(model, "QuantizeLinear"):
         found = learned[source_of(quantize).name]
         assert found.low is not None and found.high is not None
-        set_grid(model, quantize, schemes.activation_grid(float(found.low), float(found.high), bits))
+        set_grid(model, quantize, schemes.activation_grid(float(found.low.detach()), float(found.high.detach()), bits))
     return model
 
 
 METHODS: dict[str, Callable[[Bench], tuple[ir.Model, int]]] = {
     MINMAX: minmax,
     OSPLUS: outlier_suppression,
-    QAT: quantization_aware_training,
-    BLOCKS: lambda bench: quadapter(bench, end_to_end=False),
-    BOTH: lambda bench: quadapter(bench, end_to_end=True),
+    QAT: partial(quantization_aware_training, migrated=False),
+    MIGRATED_QAT: partial(quantization_aware_training, migrated=True),
+    BLOCKS: partial(quadapter, end_to_end=False),
+    BOTH: partial(quadapter, end_to_end=True),
 }
 
 
@@ -219,10 +235,8 @@ def windows(model: ir.Model, tokenizer: Path, texts: Sequence[str], plan: Plan, 
     return calibrate.RunningText(tokenizer, model, plan.window, "\n".join(texts)).windows(count)
 
 
-def study(
-    source: str, domain: str, widths: Sequence[int], data: Sequence[Path], plan: Plan, console: Console
-) -> list[Row]:
-    """All methods at all widths, tuned on one domain."""
+def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> list[Row]:
+    """The methods at each width, all tuned on one domain."""
     with open_source(source) as model, console.status("") as status:
 
         @contextmanager
@@ -236,19 +250,18 @@ def study(
         }
         for path in data:
             judged[path.stem] = windows(model, tokenizer, [path.read_text(encoding="utf-8")], plan, plan.judged)
-        tuned = windows(model, tokenizer, tiny.passages(domain), plan, plan.tuned)
+        feeds = windows(model, tokenizer, tiny.passages(plan.domain), plan, plan.calibrated)
+        calibration = calibrate.Calibration(lambda: iter(feeds), len(feeds), plan.domain)
 
         def measure(current: ir.Model, requests: Requests) -> dict[str, Statistic]:
-            return calibrate.collect(current, requests, tuned)
+            return calibrate.collect(current, requests, feeds)
 
-        context = Context(measure=measure, search=tuned, float_model=model, progress=progress)
-        rows = [Row(FLOAT, 32, 0, {name: perplexity(model, feeds) for name, feeds in judged.items()})]
-        for bits in widths:
-            for method, make in METHODS.items():
-                made, learned = make(Bench(model, context, bits, plan))
-                rows.append(
-                    Row(method, bits, learned, {name: perplexity(made, feeds) for name, feeds in judged.items()})
-                )
+        context = Context(measure=measure, search=calibration.head(plan.tuned), float_model=model, progress=progress)
+        rows = [Row(FLOAT, 32, 0, {name: perplexity(model, held) for name, held in judged.items()})]
+        for bits in plan.bits:
+            for method in plan.methods:
+                made, learned = METHODS[method](Bench(model, context, bits, plan))
+                rows.append(Row(method, bits, learned, {name: perplexity(made, held) for name, held in judged.items()}))
                 console.print(f"{method}, {bits} bits: " + _figures(rows[-1]))
     return rows
 
@@ -283,7 +296,7 @@ def sentences(rows: Sequence[Row], domain: str) -> list[str]:
     """What the figures say about training all weights and about learning scales, for each width."""
     reference, said = rows[0].perplexity, []
     for row in rows[1:]:
-        if row.method not in (QAT, BLOCKS, BOTH):
+        if row.method not in (QAT, MIGRATED_QAT, BLOCKS, BOTH):
             continue
         ratios = {name: row.perplexity[name] / reference[name] - 1 for name in reference}
         outside = {name: change for name, change in ratios.items() if name != domain}
@@ -344,34 +357,41 @@ def main() -> None:
     parser.add_argument(
         "--model", default="gpt2-tiny-outliers", help="a reference decoder, or a folder with a tokenizer"
     )
-    parser.add_argument("--domain", default="prose", choices=tiny.DOMAINS, help="what is tuned on; default prose")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6], help="of weights and activations; default 8 6")
+    parser.add_argument("--domain", default=Plan.domain, choices=tiny.DOMAINS, help="what is tuned on; default prose")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=Plan.bits, help="of weights and activations; default 8 6"
+    )
+    parser.add_argument("--methods", nargs="+", default=Plan.methods, choices=Plan.methods, help="default: all")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="more text files to judge on")
-    for name in ("window", "tuned", "judged", "block-steps", "steps", "seed"):
+    for name in ("window", "calibrated", "tuned", "judged", "block-steps", "steps", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name.replace("-", "_")))
     parser.add_argument("--threads", type=int, default=2, help="default 2; part of the result")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = Plan(
+        domain=options.domain,
+        bits=tuple(options.bits),
+        methods=tuple(options.methods),
         window=options.window,
+        calibrated=options.calibrated,
         tuned=options.tuned,
         judged=options.judged,
         block_steps=options.block_steps,
         steps=options.steps,
         seed=options.seed,
     )
-    rows = study(options.model, options.domain, options.bits, options.data, plan, Console())
-    write(rows, options.domain, plan, options.output)
+    rows = study(options.model, options.data, plan, Console())
+    write(rows, plan, options.output)
 
 
-def write(rows: Sequence[Row], domain: str, plan: Plan, folder: Path) -> None:
+def write(rows: Sequence[Row], plan: Plan, folder: Path) -> None:
     """The figures, the table and the plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"domain": domain, "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+    content = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
     (folder / "overfitting.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "overfitting.md").write_text(table(rows, domain), encoding="utf-8")
-    (folder / "overfitting.svg").write_text(plot(rows, domain), encoding="utf-8")
+    (folder / "overfitting.md").write_text(table(rows, plan.domain), encoding="utf-8")
+    (folder / "overfitting.svg").write_text(plot(rows, plan.domain), encoding="utf-8")
 
 
 if __name__ == "__main__":
