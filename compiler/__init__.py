@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from scalefold.compiler.transformers_quantizer import ScalefoldQuantizer
 
 __all__ = [
-    "AdapterSession", "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model", "diff_models",
-    "load", "load_recipe", "named_recipes", "write_overridable",
+    "AdapterSession", "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model",
+    "diff_models", "load", "load_recipe", "named_recipes", "write_overridable",
 ]  # fmt: skip
 
 HOMES = {

@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from scalefold.compiler import artifact, calibrate, evaluate, graph, verify
 from scalefold.compiler.diff import diff_files
@@ -594,14 +594,28 @@ def _print_sensitivity(found: Sensitivity) -> None:
     console = Console()
     for index, (width, total) in enumerate(found.whole.items()):
         title = f"{width} bits: all layers quantized give {total:.4g} ({found.measure})"
-        table = Table("linear layer", "SQNR dB", "of weight", "of input", "alone", "gain if float", title=title)
+        table = Table(
+            Column("linear layer", overflow="fold"),
+            "SQNR dB",
+            "of weight",
+            "of input",
+            "alone",
+            "gain if float",
+            title=title,
+        )
         for layer in found.layers:
             error = layer.errors[index]
             figures = (error.sqnr_db, error.weight_sqnr_db, error.input_sqnr_db)
             whole = ("" if value is None else f"{value:.3g}" for value in (error.alone, error.gain))
             table.add_row(layer.name, *(f"{value:.1f}" for value in figures), *whole)
         console.print(table)
-    table = Table("linear layer", "largest |x|", "largest / median channel", "kurtosis", title="what each layer reads")
+    table = Table(
+        Column("linear layer", overflow="fold"),
+        "largest |x|",
+        "largest / median channel",
+        "kurtosis",
+        title="what each layer reads",
+    )
     for layer in found.layers:
         table.add_row(layer.name, f"{layer.largest:.4g}", f"{layer.spread:.1f}", f"{layer.kurtosis:.1f}")
     console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ class NodeTime:
     Attributes:
         name: the node; a fused one has a name that onnxruntime made up.
         kernel: its operator.
-        seconds: median over the runs.
+        seconds: of its fastest run.
     """
 
     name: str
@@ -33,7 +32,7 @@ class NodeTime:
 def node_times(path: Path, feed: Feed, runs: int = 5) -> list[NodeTime]:
     """Time every node of a model file on one sample with onnxruntime's profiler, in the order of execution.
 
-    A run before them warms up. The median over the runs is kept node by node: one that was interrupted does not count.
+    A run before them warms up. The fastest run is kept node by node: one that was interrupted does not count.
 
     Args:
         path: the model file.
@@ -54,7 +53,4 @@ def node_times(path: Path, feed: Feed, runs: int = 5) -> list[NodeTime]:
         if event.get("cat") == "Node" and event["name"].endswith(SUFFIX):
             name, facts = event["name"].removesuffix(SUFFIX), event["args"]
             durations.setdefault((name, facts["op_name"], facts["node_index"]), []).append(event["dur"] / 1e6)
-    return [
-        NodeTime(name, kernel, statistics.median(seconds[1:] or seconds))
-        for (name, kernel, _), seconds in durations.items()
-    ]
+    return [NodeTime(name, kernel, min(seconds[1:] or seconds)) for (name, kernel, _), seconds in durations.items()]

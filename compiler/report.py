@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, channel_ranges, verify
 from scalefold.compiler.calibrate import calibration_from
-from scalefold.compiler.decoder import cache_pairs, is_decoder
+from scalefold.compiler.decoder import cache_pairs, is_decoder, position_limit
 from scalefold.compiler.driver import open_source
 from scalefold.compiler.errors import CalibrationError
 from scalefold.compiler.intake import read_onnx
@@ -166,10 +166,10 @@ def kind_of(layer: str) -> tuple[str, int]:
 
 def _sample(folder: Path, model: ir.Model) -> Feed | None:
     """One sample of the default text; None for a model that text cannot fill."""
-    tokenizer = folder / "tokenizer.json"
+    tokenizer, length = folder / "tokenizer.json", min(TOKENS, position_limit(folder) or TOKENS)
     try:
         samples = calibration_from(
-            None, model, tokenizer_file=tokenizer if tokenizer.is_file() else None, samples=32, max_length=TOKENS
+            None, model, tokenizer_file=tokenizer if tokenizer.is_file() else None, samples=32, max_length=length
         )
     except CalibrationError:
         return None

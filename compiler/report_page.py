@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -247,7 +248,7 @@ def _latency(report: Report) -> str:
     ]
     return (
         f"<p>{1e3 * total:.1f} ms in {len(report.times)} nodes for one sample of {report.tokens} tokens on this machine,"
-        f' each the median of a few runs.</p><div class="charts">{drawn}</div>'
+        f' each the fastest of a few runs.</p><div class="charts">{drawn}</div>'
         + _details("the slowest nodes", _table(("node", "kernel", "ms", "share"), rows))
     )
 
@@ -351,5 +352,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     number = text.rstrip("%").replace(".", "", 1).replace("-", "", 1).replace("e", "", 1).replace("+", "", 1).isdigit()
+    number = number or re.fullmatch(r"\d+ x \d+", text) is not None
     marked = ' class="n"' if number else ' class="bad"' if text == "does not hold" or text.endswith("(float)") else ""
     return f"<td{marked}>{escape(text)}</td>"

@@ -298,7 +298,8 @@ def _layer_errors(
 
 def _probed(weight: Float, bits: Sequence[int], rng: np.random.Generator) -> tuple[Float, list[Float]]:
     """A weight [K, N] and what it is rounded to at each bit width, along random directions: [K, PROBES] each."""
-    probes = rng.choice(np.array([-1, 1], dtype=np.float32), (weight.shape[1], PROBES)) / np.float32(PROBES**0.5)
+    signs = rng.choice(np.array([-1, 1]), (weight.shape[1], PROBES)) / PROBES**0.5
+    probes: Float = np.asarray(signs, dtype=np.float32)
     return weight @ probes, [schemes.weight_round_trip(weight, width, width) @ probes for width in bits]
 
 

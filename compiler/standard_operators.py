@@ -22,6 +22,7 @@ from onnx import inliner
 from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import decode_chain, graph
+from scalefold.compiler.errors import GraphError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.tunable_weights import TunableWeight, tunable_weights
 
@@ -36,6 +37,7 @@ def open_differentiable(path: Path) -> tuple[ir.Model, list[TunableWeight]]:
 
     Raises:
         SourceError: the file cannot be read.
+        GraphError: its attention cannot be written in simpler operators.
     """
     model = _without_functions(read_onnx(path), path.parent)
     ShapeInferencePass()(model)
@@ -73,7 +75,15 @@ def give_weights(model: ir.Model, weights: list[TunableWeight]) -> Mapping[Tunab
 def _without_functions(model: ir.Model, folder: Path) -> ir.Model:
     proto = ir.to_proto(model)
     assert isinstance(proto, onnx.ModelProto)
-    inlined = ir.from_proto(inliner.inline_selected_functions(proto, [("", name) for name in FUNCTIONS], False, True))
+    try:
+        plain = inliner.inline_selected_functions(proto, [("", name) for name in FUNCTIONS], False, True)
+    except RuntimeError as error:  # onnx 1.23 cannot, where an optional input between others is left out
+        raise GraphError(
+            f"onnx cannot write its attention in simpler operators ({' '.join(str(error).split())[:200]})",
+            where=str(folder),
+            remedy="compile it with --target qdq, which keeps attention in simple operators",
+        ) from error
+    inlined = ir.from_proto(plain)
     for value in inlined.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = folder

@@ -20,7 +20,7 @@ def drawn(chart: Chart) -> ElementTree.Element:
 def test_an_outlier_is_drawn_however_many_channels_share_a_bar() -> None:
     extremes = np.stack([np.full(5000, -1.0), np.full(5000, 1.0)]).astype(np.float32)
     flat = charts.channel_ranges("flat", extremes, "red")
-    extremes[1, 1234] = 99.0
+    extremes[1, 1240] = 99.0
     tall = charts.channel_ranges("tall", extremes, "red")
 
     def tops(chart: Chart) -> list[float]:
@@ -30,12 +30,14 @@ def test_an_outlier_is_drawn_however_many_channels_share_a_bar() -> None:
     assert len(tops(flat)) == len(tops(tall)) == charts.COLUMNS
     assert len(set(tops(flat))) == 1
     apart = [index for index, top in enumerate(tops(tall)) if top != max(tops(tall))]
-    assert apart == [int(1234 / 5000 * charts.COLUMNS)]
+    assert apart == [int(1240 / 5000 * charts.COLUMNS)]
 
 
 def test_bars_leave_out_what_was_not_measured_and_reach_as_far_as_their_values() -> None:
     chart = charts.bars("dB", ["a", "b", "c"], [10.0, None, 20.0], "dB")
-    heights = [float(bar.attrib["height"]) for bar in drawn(chart).iter(f"{SVG}rect") if "fill" in bar.attrib][1:]
+    heights = [
+        float(bar.attrib["height"]) for bar in drawn(chart).iter(f"{SVG}rect") if bar.find(f"{SVG}title") is not None
+    ]
     assert len(heights) == 2
     assert heights[1] == pytest.approx(2 * heights[0], rel=0.01)
 

@@ -56,7 +56,7 @@ def toy_decoder(path: Path) -> None:
         helper.make_node("Unsqueeze", ["h", "axis"], ["key"]),
         helper.make_node("Concat", ["past_key_values.0.key", "key"], ["present.0.key"], axis=2),
     ]
-    ports = {
+    ports: dict[str, tuple[int, list[str | int | None]]] = {
         "input_ids": (onnx.TensorProto.INT64, ["B", "S"]),
         "attention_mask": (onnx.TensorProto.INT64, ["B", "T"]),
         "past_key_values.0.key": (onnx.TensorProto.FLOAT, ["B", 1, "P", WIDTH]),
@@ -121,7 +121,7 @@ def test_the_differentiable_graph_is_the_one_that_ships(
     floats = [torch.from_numpy(weight.integers() * weight.scale_array()) for weight in weights]
     given = give_weights(model, weights)
     ids = np.arange(24).reshape(2, 12) % WORDS
-    feed = {
+    feed: dict[str, Array] = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
         "past_key_values.0.key": np.zeros((2, 1, 0, WIDTH), dtype=np.float32),
@@ -133,18 +133,32 @@ def test_the_differentiable_graph_is_the_one_that_ships(
     np.testing.assert_allclose(got.numpy(), Session(path).run(feed)["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_is_written_out(tmp_path: Path) -> None:
+def test_attention_and_rotary_embedding_are_written_out(tmp_path: Path) -> None:
     model = parse("""
         <ir_version: 10, opset_import: ["" : 23]>
-        g (float[B, S, 8] x) => (float[B, S, 8] logits) {
-            logits = Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>(x, x, x)
+        g (float[B, S, 8] x, float[B, 1, P, 4] past, float[9, 2] cos, float[9, 2] sin, int64[B, S] places,
+                float[B, 1, S, T] mask)
+            => (float[B, S, 8] logits) {
+            turned = RotaryEmbedding<num_heads = 2>(x, cos, sin, places)
+            four = Constant<value_ints = [4]>()
+            zero = Constant<value_ints = [0]>()
+            last = Constant<value_ints = [2]>()
+            k = Slice(turned, zero, four, last)
+            v = Slice(x, zero, four, last)
+            logits, keys, values = Attention<q_num_heads = 2, kv_num_heads = 1>(turned, k, v, mask, past, past)
         }""")
     onnx.save(onnx.shape_inference.infer_shapes(_proto(model)), tmp_path / MODEL)
     plain, weights = open_differentiable(tmp_path / MODEL)
-    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
-    got = TorchGraph(plain, plain.graph.outputs).run({"x": torch.from_numpy(x)})["logits"]
+    shapes = {"x": (2, 5, 8), "past": (2, 1, 3, 4), "cos": (9, 2), "sin": (9, 2), "mask": (2, 1, 5, 8)}
+    generator = np.random.default_rng(0)
+    feed: dict[str, Array] = {
+        name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    feed["places"] = np.tile(np.arange(3, 8), (2, 1))
+    got = TorchGraph(plain, plain.graph.outputs).run({name: tensor_from(array) for name, array in feed.items()})
     assert not weights
-    np.testing.assert_allclose(got.numpy(), Session(tmp_path / MODEL).run({"x": x})["logits"], rtol=1e-5, atol=1e-6)
+    wanted = Session(tmp_path / MODEL).run(feed)["logits"]
+    np.testing.assert_allclose(got["logits"].numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def _proto(model: Any) -> onnx.ModelProto:
@@ -239,13 +253,50 @@ def test_tuning_lowers_the_loss_and_ships_what_was_learned(
 
 
 def test_per_token_sums_follow_their_weights(compiled_toy: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
-    base = compiled_toy(granularity="per-token")
+    base = compiled_toy(granularity="per-token", group_size=16)
     report = tune(base, tmp_path / "adapter", rows, settings=FAST)
     arrays = load_file(tmp_path / "adapter" / "adapter.safetensors")
     model, _ = open_differentiable(base / MODEL)
     sums = {entry.name for weight in tunable_weights(model) for entry in weight.sums}
     assert sums and sums <= set(arrays)
     assert report.loss == pytest.approx(report.loss_learned, rel=0.05)
+
+
+def test_a_classifier_learns_its_labels(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    constants = {
+        "table": generator.standard_normal((WORDS, WIDTH)).astype(np.float32),
+        "pooler": (0.3 * generator.standard_normal((WIDTH, WIDTH))).astype(np.float32),
+        "head": (0.3 * generator.standard_normal((WIDTH, 2))).astype(np.float32),
+        "axis": np.array([1]),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["h"]),
+        helper.make_node("MatMul", ["h", "pooler"], ["p"], name="pooler"),
+        helper.make_node("Relu", ["p"], ["r"]),
+        helper.make_node("ReduceMean", ["r", "axis"], ["m"], keepdims=0),
+        helper.make_node("MatMul", ["m", "head"], ["logits"], name="head"),
+    ]
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["B", "S"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["B", 2])
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    made = helper.make_graph(nodes, "toy", [ids], [logits], tensors)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), tmp_path / "toy.onnx")
+    save_tokenizer(tmp_path)
+    recipe = Recipe.model_validate({"weights": {"format": "bcq", "bits": 2}, "activations": {"bits": 8}})
+    feeds = [{"input_ids": row} for row in generator.integers(0, WORDS, (8, 1, 12))]
+    compile_model(tmp_path / "toy.onnx", tmp_path / "base", recipe=recipe, calibration=feeds)
+    lines = [{"text": f"w{index} w{(5 * index) % WORDS}", "label": int(index < 12)} for index in range(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    settings = replace(FAST, train="alphas", epochs=6)
+    report = tune(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "rows.jsonl", task="classification", settings=settings
+    )
+    assert report.loss < report.loss_before
+    lines[3]["label"] = 2
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(ScalefoldError, match="line 4 has the label 2, which is outside the head's 2"):
+        tune(tmp_path / "base", tmp_path / "other", tmp_path / "rows.jsonl", task="classification", settings=settings)
 
 
 @contextmanager

@@ -421,18 +421,21 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row], name: str, form: str) -> str:
-    """Formats down, bits across; the best of each column in bold."""
+    """Formats down, bits across; the best of each column in bold where there is more than one."""
     bits = sorted({row.bits for row in rows})
     found = {(row.format, row.bits): FACTOR.get(name, 1.0) * getattr(row, name) for row in rows}
-    best = {width: (max if name == "score" else min)(v for (_, b), v in found.items() if b == width) for width in bits}
+    every = {width: [value for (_, other), value in found.items() if other == width] for width in bits}
+    best = {width: (max if name == "score" else min)(values) for width, values in every.items() if len(values) > 1}
     lines = [["bits", *map(str, bits)], ["---", *["---:"] * len(bits)]]
     for entry in FORMATS:
         if any((entry.name, width) in found for width in bits):
-            lines.append([entry.title, *(_cell(found.get((entry.name, width)), best[width], form) for width in bits)])
+            lines.append(
+                [entry.title, *(_cell(found.get((entry.name, width)), best.get(width), form) for width in bits)]
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: float | None, best: float, form: str) -> str:
+def _cell(value: float | None, best: float | None, form: str) -> str:
     if value is None:
         return ""
     return f"**{value:{form}}**" if value == best else f"{value:{form}}"
