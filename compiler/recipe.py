@@ -217,6 +217,28 @@ class Migration(_Section):
     gate: bool = Field(False, description="migrate through a gated unit, from its up layer to its down layer (scale)")
 
 
+class Learning(_Section):
+    """Quadapter: scales of channels learned by gradients where they can be folded away; needs the extra `hf` (torch)."""
+
+    steps: int = Field(192, ge=0, description="steps for each transformer block; 0 leaves the blocks out")
+    rate: float = Field(0.1, gt=0, description="learning rate for blocks")
+    end_to_end_steps: int = Field(128, ge=0, description="steps for the whole model; 0 leaves them out")
+    end_to_end_rate: float = Field(0.003, gt=0, description="learning rate for the whole model")
+    decay: Literal["cosine", "linear"] = Field("cosine", description="how the rates fall to 0")
+    objective: Literal["task", "float"] = Field(
+        "task", description="end to end: the next token (decoders), or the float model's outputs"
+    )
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the search samples that only judge")
+    patience: int = Field(3, ge=1, description="judgements, of eight, without a better loss before learning stops")
+    seed: int = Field(0, ge=0, description="of the order of samples")
+    checkpoint: str = Field("", description="folder from which an interrupted run goes on; empty keeps no state")
+    norm: bool = Field(True, description="learn behind normalizations")
+    linear: bool = Field(False, description="learn between two linear layers with nothing between")
+    value: bool = Field(False, description="learn from the values of attention to its output layer")
+    relu: bool = Field(False, description="learn through a Relu, from one linear layer to the next")
+    gate: bool = Field(False, description="learn through a gated unit, from its up layer to its down layer")
+
+
 class Prefix(_Section):
     """A token in front of every sequence of a decoder, kept in the graph as constants, where it calms the others."""
 
@@ -282,6 +304,7 @@ class Recipe(_Section):
     embeddings: Embeddings | None = None
     prefix: Prefix | None = None
     migration: Migration | None = None
+    learning: Learning | None = None
     exceptions: Exceptions | None = None
     user_passes: tuple[UserFunction, ...] = ()
     calibration: CalibrationOptions = CalibrationOptions()
@@ -299,9 +322,19 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _activations_are_there(self) -> Self:
-        useless = [name for name in ("prefix", "migration", "exceptions") if getattr(self, name) is not None]
+        useless = [
+            name for name in ("prefix", "migration", "learning", "exceptions") if getattr(self, name) is not None
+        ]
         if self.activations is None and useless:
             message = f"{', '.join(useless)} would do nothing, because activations are null and stay float"
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_are_static(self) -> Self:
+        per_token = self.activations is not None and self.activations.granularity == "per-token"
+        if self.learning is not None and per_token:
+            message = "learning: scales are learned for static ranges; use migration with granularity per-token"
             raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
         return self
 

@@ -12,6 +12,7 @@ from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.lower_block_matmul import LowerBlockMatmul
 from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
 from scalefold.passes.migrate_outliers import MigrateOutliers
@@ -82,7 +83,25 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
                 gate=migration.gate,
             )
         )
+    passes += _learning(recipe)
     return (*passes, *_user_passes(recipe, "before-quantization"))
+
+
+def _learning(recipe: Recipe) -> list[Pass]:
+    """Behind migration, where both are wanted: scales are then learned on from those that were searched."""
+    learning, activations = recipe.learning, recipe.activations
+    if learning is None or activations is None:
+        return []
+    options = learning.model_dump()
+    return [
+        LearnScales(
+            weight_bits=max(recipe.weights.bits, SEARCHED_BITS),
+            activation_bits=activations.bits,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            **options,
+        )
+    ]
 
 
 def _user_passes(recipe: Recipe, place: str) -> list[Pass]:

@@ -169,7 +169,7 @@ def test_inspect_shows_which_layers_of_a_compiled_model_are_integer(
 
 def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     shipped = {Path(str(entry)).stem for entry in files("scalefold.passes").iterdir() if str(entry).endswith(".yaml")}
-    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token"}
+    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token", "quadapter-w8a8", "quadapter-w6a6"}
     done = cli("recipes")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in shipped)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from scalefold import passes
 from scalefold.compiler.errors import RecipeError
 from scalefold.compiler.protocol import Pipeline
 from scalefold.compiler.recipe import Recipe, WeightFormat, load_recipe, named_recipes
+from scalefold.passes import pipeline
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.pack_weights import PackWeights
 
 
@@ -211,3 +214,15 @@ def test_solvers_default_to_the_best_of_their_format() -> None:
     assert [WeightFormat(bits=bits).chosen_solver for bits in (8, 4)] == ["rtn", "mse"]
     assert WeightFormat(format="kmeans", bits=4).chosen_solver == "lloyd"
     assert WeightFormat(format="bcq", bits=4).chosen_solver == "alternating"
+
+
+def test_learning_needs_static_ranges() -> None:
+    with pytest.raises(ValidationError, match="scales are learned for static ranges"):
+        Recipe.model_validate({"learning": {}, "activations": {"granularity": "per-token"}})
+
+
+def test_learning_is_a_pass_behind_migration() -> None:
+    recipe = Recipe.model_validate({"learning": {"steps": 3}, "migration": {}, "exclude": ["head"]})
+    migrate, learn = pipeline(recipe).transform
+    assert (migrate.name, learn.name) == ("migrate-outliers", "learn-scales")
+    assert isinstance(learn, LearnScales) and (learn.steps, learn.exclude) == (3, ("head",))
