@@ -88,7 +88,8 @@ class BitError:
 
     Attributes:
         bits: of its weight and its input.
-        sqnr_db: its output when both are quantized, in dB; estimated along random directions.
+        sqnr_db: its output when both are quantized, in dB; estimated along random directions. Each token's noise counts by
+            that token's own power: a massive token must not hide that all others are rounded away.
         weight_sqnr_db: the same when its weight alone is.
         input_sqnr_db: the same when its input alone is.
         alone: error of the whole model when this layer alone is quantized; None for layers not measured so.
@@ -274,7 +275,7 @@ def _layer_errors(
         for layer in layers:
             probed[layer.name] = _probed(layer.weights(), bits, rng)
             advance()
-        power = dict.fromkeys(probed, 0.0)
+        tokens = dict.fromkeys(probed, 0)
         noise = {name: np.zeros((len(bits), 3)) for name in probed}
         session = Session(model, outputs=list(outliers), lean=True)
         for feed in feeds:
@@ -283,14 +284,14 @@ def _layer_errors(
                 value = layer.x.name or ""
                 rows, (weight, rounded) = rows_of(values[value], padding_mask(feed)), probed[layer.name]
                 exact = rows @ weight
-                power[layer.name] += _energy(exact)
+                tokens[layer.name] += len(rows)
                 for index, width in enumerate(bits):
                     steps = schemes.activation_grid(*outliers[value].range, width).round_trip(rows)
                     products = steps @ rounded[index], rows @ rounded[index], steps @ weight
-                    noise[layer.name][index] += [_energy(product - exact) for product in products]
+                    noise[layer.name][index] += [noise_by_token(exact, product) for product in products]
             advance()
     return {
-        name: [BitError(width, *(_decibels(power[name], found) for found in noise[name][index].tolist()))
+        name: [BitError(width, *(_decibels(tokens[name], found) for found in noise[name][index].tolist()))
                for index, width in enumerate(bits)]
         for name in probed
     }  # fmt: skip
@@ -303,8 +304,10 @@ def _probed(weight: Float, bits: Sequence[int], rng: np.random.Generator) -> tup
     return weight @ probes, [schemes.weight_round_trip(weight, width, width) @ probes for width in bits]
 
 
-def _energy(array: Float) -> float:
-    return float(np.square(array, dtype=np.float64).sum())
+def noise_by_token(wanted: Float, got: Float) -> float:
+    """Sum over tokens, rows of [tokens, N], of the noise relative to the token's own power."""
+    noise = np.square(got - wanted, dtype=np.float64).sum(axis=-1)
+    return float((noise / np.maximum(np.square(wanted, dtype=np.float64).sum(axis=-1), 1e-30)).sum())
 
 
 def _decibels(power: float, noise: float) -> float:

@@ -92,6 +92,15 @@ def test_the_estimate_along_directions_is_near_the_error_itself() -> None:
     assert estimate == pytest.approx(exact, abs=0.7)
 
 
+def test_a_massive_token_does_not_hide_what_the_others_lose() -> None:
+    wanted = np.ones((10, 4), dtype=np.float32)
+    wanted[0] = 1000
+    got = np.zeros_like(wanted)
+    got[0] = 1000
+    assert verify.sqnr(wanted, got) > 50
+    assert sensitivity.noise_by_token(wanted, got) == pytest.approx(9)
+
+
 def test_outlier_statistics_do_not_depend_on_how_samples_are_cut() -> None:
     rng = np.random.default_rng(3)
     rows = (rng.standard_normal((500, 20)) * 2 + 1).astype(np.float32)
