@@ -262,7 +262,12 @@ def sensitivity_command(
             source, recipe=recipe, bits=widths, top=top, calibration=calibration, progress=progress
         )
     if plot_file is not None:
-        plot_file.write_text(plot(found).svg(), encoding="utf-8")
+        try:
+            plot_file.write_text(plot(found).svg(), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"it cannot be written ({error.strerror})", where=str(plot_file), remedy="choose a place that can be"
+            ) from error
     if as_json:
         _print_json(asdict(found))
     else:

@@ -386,7 +386,7 @@ def test_the_folder_of_a_hugging_face_model_keeps_tokenizer_config_and_manifest(
     assert report.source == str(source_folder)
     names = {path.name for path in folder_of(report).iterdir()}
     kept = {"tokenizer.json", "tokenizer_config.json", "config.json"}
-    assert names == kept | {"model.onnx", "model.onnx.data", "export.json", "scalefold.json"}
+    assert names == kept | {"model.onnx", "model.onnx.data", "export.json", "scalefold.json", "ranges.npz"}
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the module")["input_ids"][0] == 2
     loaded = ExportedModel.from_pretrained(tmp_path / "out")
     states = loaded(**{name: torch.from_numpy(array) for name, array in fresh_feeds[0].items()}).last_hidden_state
