@@ -171,8 +171,9 @@ class _Training:
     ) -> None:
         self._parameters, self._loss, self._schedule = list(parameters), loss, schedule
         self._learned, self._judges = learned, judges
-        # gradients of a small loss must not drown in the usual epsilon of 1e-8
-        self._adam = torch.optim.Adam(self._parameters, lr=schedule.rate, eps=1e-12)
+        # A loss may fall a thousandfold in a hundred steps: the usual second moment would remember the first gradients
+        # for all of them, and the usual epsilon would drown the last.
+        self._adam = torch.optim.Adam(self._parameters, lr=schedule.rate, betas=(0.9, 0.95), eps=1e-12)
         self._best: list[Tensor] = []
         self.state: dict[str, Any] = {"step": 0, "waited": 0, "remark": "", "before": 0.0, "after": 0.0}
 

@@ -81,7 +81,7 @@ class LearnScales:
     weight_bits: int = 8
     activation_bits: int = 8
     steps: int = 192
-    rate: float = 0.1
+    rate: float = 0.2
     end_to_end_steps: int = 128
     end_to_end_rate: float = 0.003
     decay: Literal["cosine", "linear"] = "cosine"
