@@ -169,7 +169,9 @@ def test_inspect_shows_which_layers_of_a_compiled_model_are_integer(
 
 def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     shipped = {Path(str(entry)).stem for entry in files("scalefold.passes").iterdir() if str(entry).endswith(".yaml")}
-    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token", "quadapter-w8a8", "quadapter-w6a6"}
+    few_bits = {"w4a8", "w4a8-kmeans", "w4a8-bcq", "w3a8-kmeans", "w3a8-bcq"}
+    learned = {"quadapter-w8a8", "quadapter-w6a6"}
+    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token", *few_bits, *learned}
     done = cli("recipes")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in shipped)
@@ -177,7 +179,7 @@ def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     assert {"minilm", "rxnfp", "rxnmapper", "smollm2", "gpt2-tiny", "gpt2-tiny-outliers"} <= set(listed)
     facts = facts_of(cli("recipes", "--json"))
     assert set(facts) == shipped
-    assert facts["w6a6"]["weights"] == {"bits": 6}
+    assert facts["w6a6"]["weights"]["bits"] == 6 and not facts["w6a6"]["weights"]["packed"]
     assert facts["w8a8-naive"]["migration"] is None
 
 

@@ -53,6 +53,13 @@ def test_a_range_of_the_whole_batch_is_found_out() -> None:
     assert [gate.passed for gate in gates] == [False]
 
 
+def test_a_sample_as_long_as_the_position_table_leaves_room_for_a_batch(decoder_models: dict[str, ir.Model]) -> None:
+    model = decoder_models["gpt2"]  # of 64 positions
+    ids = np.random.default_rng(1).integers(5, 200, (1, 64))
+    gates = run_gates(model, Session(model), decoder_of(model).prompt_feed(ids), rounds_rows=False)
+    assert len(gates) == 4 and all(gate.passed for gate in gates)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_float_decoder_passes_every_gate(decoder_models: dict[str, ir.Model], family: str) -> None:
     model = decoder_models[family]
