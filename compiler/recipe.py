@@ -221,7 +221,7 @@ class Learning(_Section):
     """Quadapter: scales of channels learned by gradients where they can be folded away; needs the extra `hf` (torch)."""
 
     steps: int = Field(192, ge=0, description="steps for each transformer block; 0 leaves the blocks out")
-    rate: float = Field(0.1, gt=0, description="learning rate for blocks")
+    rate: float = Field(0.2, gt=0, description="learning rate for blocks")
     end_to_end_steps: int = Field(128, ge=0, description="steps for the whole model; 0 leaves them out")
     end_to_end_rate: float = Field(0.003, gt=0, description="learning rate for the whole model")
     decay: Literal["cosine", "linear"] = Field("cosine", description="how the rates fall to 0")
