@@ -41,7 +41,7 @@ class Adapter:
 
     Attributes:
         base: digest of the model it belongs to.
-        arrays: new values of the model's constants, by name.
+        arrays: new values of the model's constants, by name; of a float constant, float16 factors stand for them.
         record: the rest of adapter.json: task, settings and figures.
         scales: the file of onnxruntime's own format, where only scales were tuned.
     """
@@ -118,7 +118,7 @@ def load(
 def load_with(
     base: Path, arrays: Mapping[str, Array], *, options: onnxruntime.SessionOptions | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session of a compiled model some of whose constants have other values.
+    """A session of a compiled model some of whose constants have other values, or float16 factors of theirs.
 
     Raises:
         SourceError: the folder holds no model, or one without such constants.
@@ -132,13 +132,15 @@ def _override(model: ir.Model, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         value = model.graph.initializers.get(name)
         tensor = None if value is None else value.const_value
-        if value is None or tensor is None or tuple(tensor.shape) != array.shape or tensor.dtype.numpy() != array.dtype:
+        factors = array.dtype == np.float16 and tensor is not None and tensor.dtype == ir.DataType.FLOAT
+        fits = tensor is not None and tuple(tensor.shape) == array.shape
+        if value is None or tensor is None or not fits or not (factors or tensor.dtype.numpy() == array.dtype):
             raise SourceError(
                 f"the model has no constant {name} of the type {array.dtype} and shape {list(array.shape)}",
                 where="the adapter",
                 remedy="tune the model again",
             )
-        value.const_value = ir.tensor(array, name=name)
+        value.const_value = ir.tensor(tensor.numpy() * array.astype(np.float32) if factors else array, name=name)
 
 
 class AdapterSession:

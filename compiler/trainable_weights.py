@@ -34,6 +34,7 @@ NEEDED = {
 }
 
 Arrays = dict[str, npt.NDArray[Any]]
+Half = npt.NDArray[np.float16]
 
 
 class _LookUp(torch.autograd.Function):
@@ -115,7 +116,10 @@ class TrainableWeight:
         return found if levels.shape[2] == found.shape[1] else found * self._factor
 
     def arrays(self) -> Arrays:
-        """What the graph's constants become, by name; those that did not change are left out."""
+        """What the graph's constants become, by name; those that did not change are left out.
+
+        Beside alphas or a codebook, scales are float16 factors of what they were.
+        """
         values = self.parameter.detach().numpy()
         if self._coding is None:
             integers = self._integers.numpy()
@@ -127,13 +131,14 @@ class TrainableWeight:
             if np.array_equal(entries, self._coding.entries * self._unit):
                 return {}
             rounded, steps = round_entries((entries / self._unit).astype(np.float32), self._coding, self._bits)
-            integers, scales = self._coding.integers(rounded), (self._scales * steps).astype(np.float32)
+            steps = np.broadcast_to(steps, self._scales.shape)
+            integers, scales = self._coding.integers(rounded), self._scales * steps.astype(np.float32)
             found = {self._coding.constant: self._coding.stored(rounded)}
             if np.array_equal(rounded, self._coding.entries):
                 found = {}
         if np.array_equal(scales, self._scales):
             return found
-        found[self.weight.scales.name or ""] = scales
+        found[self.weight.scales.name or ""] = scales if self._coding is None else steps
         sums = column_sums(integers, scales)
         return found | {entry.name or "": sums for entry in self.weight.sums}
 
@@ -159,8 +164,10 @@ def trainable_weights(weights: Sequence[TunableWeight], train: Train, bits: int 
     return [TrainableWeight(weight, train, bits) for weight in chosen]
 
 
-def round_entries(entries: Float, coding: Coding, activation_bits: int | None) -> tuple[Int8, Float]:
+def round_entries(entries: Float, coding: Coding, activation_bits: int | None) -> tuple[Int8, Half]:
     """Entries [R, G, C], in units of their column's scale, as int8 of a new scale, and that scale in the old one [C].
+
+    The new scale is one that float16 can tell: the integers are rounded to suit it, so half the bytes cost nothing.
 
     Of several scales that with the smallest error is taken, the old one among them: it leaves what is frozen as it was.
     A scale that lets a pair of integers saturate is raised until none does.
@@ -169,13 +176,18 @@ def round_entries(entries: Float, coding: Coding, activation_bits: int | None) -
     widest = coding.integers(_rounded(entries, reach / INT8_MAX))
     limits = level_limits(largest_pair(widest), activation_bits)
     least = reach / (limits if len(limits) == len(reach) else limits.min())
-    best, best_error = least, np.full(reach.shape, np.inf)
-    for steps in (np.maximum(least, 1), *(least * factor for factor in ROUNDING_SCALES)):
+    best, best_error = _halved(least), np.full(reach.shape, np.inf)
+    for exact in (np.maximum(least, 1), *(least * factor for factor in ROUNDING_SCALES)):
+        steps = _halved(exact)
         error = ((_rounded(entries, steps) * steps - entries) ** 2).sum(axis=(0, 1))
         best, best_error = np.where(error < best_error, steps, best), np.minimum(error, best_error)
     while (bad := _unsafe(_rounded(entries, best), coding, activation_bits)).any():
-        best = np.where(bad, best * 1.02, best)
-    return _rounded(entries, best), best.astype(np.float32)
+        best = np.where(bad, _halved(best * 1.02), best)
+    return _rounded(entries, best), best.astype(np.float16)
+
+
+def _halved(steps: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    return steps.astype(np.float16).astype(np.float32)
 
 
 def _rounded(entries: Float, steps: npt.NDArray[np.floating[Any]]) -> Int8:

@@ -172,7 +172,7 @@ class _Run:
         self._names = [(entry, given[entry.weight].name or "") for entry in self.weights]
         self.data = TaskData(data, task, model, folder, settings.max_length)
         self._graph = TorchGraph(model, [_logits(model)])
-        self.learned, self.judges = _split(len(self.data.examples), settings)
+        self.learned, self.judges = split(len(self.data.examples), settings)
         self._parameters = [entry.parameter for entry in self.weights]
         self._adam = torch.optim.AdamW(
             # gradients that are divided by the size of a group must not drown in the usual epsilon of 1e-8
@@ -300,7 +300,7 @@ def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     )
 
 
-def _split(count: int, settings: Settings) -> tuple[list[int], list[int]]:
+def split(count: int, settings: Settings) -> tuple[list[int], list[int]]:
     """Samples to learn from and samples to judge by; a single sample serves as both."""
     order = np.random.default_rng(settings.seed).permutation(count).tolist()
     judges = min(max(1, round(settings.held_out * count)), count - 1)

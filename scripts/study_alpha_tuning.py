@@ -26,9 +26,11 @@ from torch.nn import functional
 from scalefold.compiler import artifact, calibrate
 from scalefold.compiler.driver import compile_model
 from scalefold.compiler.export import export_model
+from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.recipe import Recipe
+from scalefold.compiler.task_data import TaskData
 from scalefold.compiler.tunable_weights import Train
-from scalefold.compiler.tuning import ROUNDS, Settings, tune
+from scalefold.compiler.tuning import ROUNDS, Settings, split, tune
 
 MODELS = {"gpt2-tiny": "scalefold.models.gpt2_tiny", "opt-tiny": "scalefold.models.opt_tiny"}
 TRAINED: tuple[Train, ...] = ("alpha1", "alphas", "scales")
@@ -80,7 +82,10 @@ def main() -> None:
         for task, rows in tasks.items():
             data = given.output / f"{task}.jsonl"
             write_rows(data, rows, plan)
-            print(f"{name}, {task}: float fine-tuning {float_line(name, data, plan)}", flush=True)
+            print(
+                f"{name}, {task}: float fine-tuning {float_line(name, exported(name, given.output), data, plan)}",
+                flush=True,
+            )
             for bits in given.bits:
                 base = compiled(name, bits, given.output)
                 for line in study(base, data, given.output / f"{name}-{task}-{bits}", plan):
@@ -133,11 +138,17 @@ def recipe(bits: int) -> Recipe:
     )
 
 
-def compiled(name: str, bits: int, output: Path) -> Path:
-    """The compiled folder; made once."""
+def exported(name: str, output: Path) -> Path:
+    """The float model's folder; made once."""
     source = output / f"{name}-float"
     if not source.exists():
         export_model(importlib.import_module(MODELS[name]).build(), source)
+    return source
+
+
+def compiled(name: str, bits: int, output: Path) -> Path:
+    """The compiled folder; made once."""
+    source = exported(name, output)
     folder = output / f"{name}-bcq{bits}"
     if not folder.exists():
         compile_model(source / artifact.MODEL, folder, recipe=recipe(bits), samples=16)
@@ -164,21 +175,15 @@ def coded_bits(base: Path) -> float:
     return float(np.mean([event["figures"]["bits_per_weight"] for event in events]))
 
 
-def float_line(name: str, data: Path, plan: Plan) -> str:
+def float_line(name: str, source: Path, data: Path, plan: Plan) -> str:
     """Fine-tune all weights of the float model on the same samples, judged by the same held-out ones."""
-    folder = importlib.import_module(MODELS[name]).build()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    end = model.config.eos_token_id
-    samples = []
-    for row in rows:
-        prompt = tokenizer(row["prompt"]).input_ids
-        target = tokenizer(row["target"], add_special_tokens=False).input_ids
-        samples.append(([*prompt, *target, end], len(prompt)))
-    order = np.random.default_rng(plan.seed).permutation(len(samples)).tolist()
-    held = max(1, round(Settings.held_out * len(samples)))
-    judges, learned = sorted(order[:held]), sorted(order[held:])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        importlib.import_module(MODELS[name]).build(), dtype=torch.float32
+    )
+    settings = plan.settings("scales")
+    rows = TaskData(data, "causal-lm", read_onnx(source / artifact.MODEL), source, settings.max_length)
+    samples = [(list(example.ids), example.first) for example in rows.examples]
+    learned, judges = split(len(samples), settings)
     before = float_loss(model, samples, judges, plan.batch)
     best = fine_tune(model, samples, learned, judges, plan)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -236,10 +241,10 @@ def count_gpt2_medium() -> list[str]:
     lines = [f"GPT-2 medium: {whole:,} numbers, alpha_1 {columns:,}, {whole / columns:,.0f} times fewer"]
     for bits in (1, 2, 3, 4):
         coded = weights * bits / 8 + columns * (bits + 4)
-        base = coded + 4 * (tables + vectors)
+        base, adapter = coded + 4 * (tables + vectors), columns * (bits + 2)
         lines.append(
             f"  q = {bits}: coded layers {4 * weights / coded:.1f} times smaller, adapter of alphas"
-            f" {columns * (bits + 4) / 1e6:.2f} MB = {columns * (bits + 4) / base:.2%} of {base / 1e6:.0f} MB,"
+            f" {adapter / 1e6:.2f} MB = {adapter / base:.2%} of {base / 1e6:.0f} MB,"
             f" of scales {4 * columns / 1e6:.2f} MB = {4 * columns / base:.2%}"
         )
     return lines
