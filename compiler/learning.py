@@ -122,6 +122,47 @@ class Checkpoint:
         return CalibrationError(what, where=str(self._path), remedy="remove it, or name another folder for checkpoints")
 
 
+class TrainingState:
+    """Parameters in training, their optimizer, the best values so far, and figures of the run: all that the rest depends on.
+
+    Args:
+        parameters: leaves with gradients.
+        adam: their optimizer.
+        figures: numbers and texts by name, changed as the run goes.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], adam: torch.optim.Optimizer, **figures: Any) -> None:
+        self.parameters, self.adam, self.figures = list(parameters), adam, figures
+        self._best: list[Tensor] = []
+
+    def keep(self) -> None:
+        """The values are the best so far."""
+        self._best = self._now()
+
+    def finish(self) -> None:
+        """Put the best values back."""
+        self._set(self._best)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {**self.figures, "now": self._now(), "best": self._best, "adam": self.adam.state_dict()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.figures = {name: saved[name] for name in self.figures}
+        self._best = list(saved["best"])
+        self.adam.load_state_dict(saved["adam"])
+        self._set(saved["now"])
+
+    def _now(self) -> list[Tensor]:
+        return [entry.detach().clone() for entry in self.parameters]
+
+    def _set(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for entry, value in zip(self.parameters, values, strict=True):
+                entry.copy_(value)
+
+
 def learn(
     parameters: Sequence[Tensor],
     loss: Callable[[int], Tensor],
@@ -148,14 +189,15 @@ def learn(
     if saved is None:
         run.begin()
     else:
-        run.restore(saved)
-    with progress(f"{title}, loss {run.state['before']:.4g}", schedule.steps) as advance:
-        for _ in range(run.state["step"]):
+        run.state.restore(saved)
+    with progress(f"{title}, loss {run.figures['before']:.4g}", schedule.steps) as advance:
+        for _ in range(run.figures["step"]):
             advance()
-        while run.state["step"] < schedule.steps and not run.state["remark"]:
+        while run.figures["step"] < schedule.steps and not run.figures["remark"]:
             run.round(advance)
-            checkpoint.put(title, run.snapshot())
-    return run.finish()
+            checkpoint.put(title, run.state.snapshot())
+    run.state.finish()
+    return Outcome(run.figures["before"], run.figures["after"], run.figures["step"], run.figures["remark"])
 
 
 class _Training:
@@ -169,76 +211,57 @@ class _Training:
         judges: Sequence[int],
         schedule: Schedule,
     ) -> None:
-        self._parameters, self._loss, self._schedule = list(parameters), loss, schedule
+        self._loss, self._schedule = loss, schedule
         self._learned, self._judges = learned, judges
         # A loss may fall a thousandfold in a hundred steps: the usual second moment would remember the first gradients
         # for all of them, and the usual epsilon would drown the last.
-        self._adam = torch.optim.Adam(self._parameters, lr=schedule.rate, betas=(0.9, 0.95), eps=1e-12)
-        self._best: list[Tensor] = []
-        self.state: dict[str, Any] = {"step": 0, "waited": 0, "remark": "", "before": 0.0, "after": 0.0}
+        adam = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95), eps=1e-12)
+        self.state = TrainingState(parameters, adam, step=0, waited=0, remark="", before=0.0, after=0.0)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Where the run is."""
+        return self.state.figures
 
     def begin(self) -> None:
         """Judge what is there."""
-        self.state["before"] = self.state["after"] = self._judge()
-        self._best = [entry.detach().clone() for entry in self._parameters]
-
-    def snapshot(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
-        now = [entry.detach().clone() for entry in self._parameters]
-        return {**self.state, "now": now, "best": self._best, "adam": self._adam.state_dict()}
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a snapshot."""
-        self.state = {name: saved[name] for name in self.state}
-        self._best = list(saved["best"])
-        self._adam.load_state_dict(saved["adam"])
-        self._set(saved["now"])
+        self.figures["before"] = self.figures["after"] = self._judge()
+        self.state.keep()
 
     def round(self, advance: Callable[[], None]) -> None:
         """Train up to the next judgement."""
-        last = min(self._schedule.steps, self.state["step"] + -(-self._schedule.steps // self._schedule.rounds))
-        for step in range(self.state["step"], last):
+        last = min(self._schedule.steps, self.figures["step"] + -(-self._schedule.steps // self._schedule.rounds))
+        for step in range(self.figures["step"], last):
             found = self._step(step)
-            self.state["step"] = step + 1
+            self.figures["step"] = step + 1
             advance()
             if not math.isfinite(found):
-                self.state["remark"] = "the loss became infinite: the best before is kept, a smaller rate would help"
+                self.figures["remark"] = "the loss became infinite: the best before is kept, a smaller rate would help"
                 return
         self._compare(self._judge())
 
-    def finish(self) -> Outcome:
-        """Leave the parameters at their best."""
-        self._set(self._best)
-        state = self.state
-        return Outcome(state["before"], state["after"], state["step"], state["remark"])
-
     def _compare(self, found: float) -> None:
-        if found < self.state["after"] or not math.isfinite(self.state["after"]):
-            self.state |= {"after": found, "waited": 0}
-            self._best = [entry.detach().clone() for entry in self._parameters]
+        if found < self.figures["after"] or not math.isfinite(self.figures["after"]):
+            self.state.figures |= {"after": found, "waited": 0}
+            self.state.keep()
             return
-        self.state["waited"] += 1
-        if self.state["waited"] >= self._schedule.patience and self.state["step"] < self._schedule.steps:
-            self.state["remark"] = f"stopped after {self.state['step']} steps: no better for some time"
+        self.figures["waited"] += 1
+        if self.figures["waited"] >= self._schedule.patience and self.figures["step"] < self._schedule.steps:
+            self.figures["remark"] = f"stopped after {self.figures['step']} steps: no better for some time"
 
     def _step(self, step: int) -> float:
         turn, place = divmod(step, len(self._learned))
         order = np.random.default_rng((self._schedule.seed, turn)).permutation(len(self._learned))
-        for group in self._adam.param_groups:
+        for group in self.state.adam.param_groups:
             group["lr"] = self._schedule.rate * self._schedule.factor(step)
         found = self._loss(self._learned[order[place]])
         value = float(found.detach())
         if math.isfinite(value):
             torch.autograd.backward(found)
-            self._adam.step()
-            self._adam.zero_grad()
+            self.state.adam.step()
+            self.state.adam.zero_grad()
         return value
 
     def _judge(self) -> float:
         with torch.no_grad():
             return sum(float(self._loss(index)) for index in self._judges) / len(self._judges)
-
-    def _set(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for entry, value in zip(self._parameters, values, strict=True):
-                entry.copy_(value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.nn import functional
 from scalefold.compiler import artifact, serving
 from scalefold.compiler.decoder import LOGITS
 from scalefold.compiler.errors import OutputError, SourceError
-from scalefold.compiler.learning import STATE, Checkpoint
+from scalefold.compiler.learning import STATE, Checkpoint, TrainingState
 from scalefold.compiler.protocol import Progress, silent
 from scalefold.compiler.standard_operators import give_weights, open_differentiable
 from scalefold.compiler.task_data import UNSCORED, Batch, Task, TaskData
@@ -150,7 +150,7 @@ def tune(
         cut=run.data.cut,
         steps=steps,
         loss_before=run.measure(serving.load(folder)),
-        loss_learned=run.state["after"],
+        loss_learned=run.figures["after"],
         loss=run.measure(run.adapted(arrays)),
         remark=remark,
         bytes=sum(array.nbytes for array in arrays.values()),
@@ -173,38 +173,42 @@ class _Run:
         self.data = TaskData(data, task, model, folder, settings.max_length)
         self._graph = TorchGraph(model, [_logits(model)])
         self.learned, self.judges = split(len(self.data.examples), settings)
-        self._parameters = [entry.parameter for entry in self.weights]
-        self._adam = torch.optim.AdamW(
+        parameters = [entry.parameter for entry in self.weights]
+        adam = torch.optim.AdamW(
             # gradients that are divided by the size of a group must not drown in the usual epsilon of 1e-8
-            self._parameters, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12
+            parameters, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12
         )  # fmt: skip
         self._batches = -(-len(self.learned) // settings.batch)
         self._steps = settings.epochs * self._batches
-        self._best: list[Tensor] = []
-        self.state: dict[str, Any] = {"step": 0, "before": 0.0, "after": 0.0, "remark": ""}
+        self.state = TrainingState(parameters, adam, step=0, before=0.0, after=0.0, remark="")
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Where the run is."""
+        return self.state.figures
 
     @property
     def trainable(self) -> int:
         """How many numbers are trained."""
-        return sum(entry.numel() for entry in self._parameters)
+        return sum(entry.numel() for entry in self.state.parameters)
 
     def train(self, checkpoint: Checkpoint, progress: Progress) -> tuple[int, str]:
         """Train, and leave the weights at the best that the held-out samples found; the steps taken and a remark."""
         saved = checkpoint.get(STATE)
         if saved is None:
-            self.state["before"] = self.state["after"] = self._judge()
-            self._keep()
+            self.figures["before"] = self.figures["after"] = self._judge()
+            self.state.keep()
         else:
-            self._restore(saved)
-        with progress(f"tuning, loss {self.state['before']:.4g}", self._steps) as advance:
-            for _ in range(self.state["step"]):
+            self.state.restore(saved)
+        with progress(f"tuning, loss {self.figures['before']:.4g}", self._steps) as advance:
+            for _ in range(self.figures["step"]):
                 advance()
-            while self.state["step"] < self._steps and not self.state["remark"]:
+            while self.figures["step"] < self._steps and not self.figures["remark"]:
                 self._step()
-                checkpoint.put(STATE, self._snapshot())
+                checkpoint.put(STATE, self.state.snapshot())
                 advance()
-        self._set(self._best)
-        return self.state["step"], self.state["remark"]
+        self.state.finish()
+        return self.figures["step"], self.figures["remark"]
 
     def measure(self, session: onnxruntime.InferenceSession) -> float:
         """Mean loss on the held-out samples in onnxruntime."""
@@ -220,15 +224,15 @@ class _Run:
         return serving.load_with(self._folder, arrays)
 
     def _step(self) -> None:
-        step = self.state["step"]
+        step = self.figures["step"]
         epoch, place = divmod(step, self._batches)
         order = np.random.default_rng((self.settings.seed, epoch)).permutation(self.learned)
         chosen = order[place * self.settings.batch : (place + 1) * self.settings.batch]
-        for group in self._adam.param_groups:
+        for group in self.state.adam.param_groups:
             group["lr"] = self.settings.lr * (1 - step / self._steps)
         found, count = self._loss(chosen.tolist())
         loss = found / count
-        self.state["step"] = step + 1
+        self.figures["step"] = step + 1
         if self._is_lost(float(loss.detach())):
             return
         torch.autograd.backward(loss)
@@ -236,19 +240,19 @@ class _Run:
             for entry in self.weights:
                 if entry.parameter.grad is not None:
                     entry.parameter.grad /= entry.group_size
-        self._adam.step()
-        self._adam.zero_grad()
-        if self.state["step"] % -(-self._steps // ROUNDS) == 0 or self.state["step"] == self._steps:
+        self.state.adam.step()
+        self.state.adam.zero_grad()
+        if self.figures["step"] % -(-self._steps // ROUNDS) == 0 or self.figures["step"] == self._steps:
             found_now = self._judge()
-            if not self._is_lost(found_now) and found_now < self.state["after"]:
-                self.state["after"] = found_now
-                self._keep()
+            if not self._is_lost(found_now) and found_now < self.figures["after"]:
+                self.figures["after"] = found_now
+                self.state.keep()
 
     def _is_lost(self, loss: float) -> bool:
-        if math.isfinite(loss) and loss <= DIVERGED * (self.state["before"] + 1):
+        if math.isfinite(loss) and loss <= DIVERGED * (self.figures["before"] + 1):
             return False
-        self.state["remark"] = (
-            f"it diverged at step {self.state['step']} (loss {loss:.3g}): the best before is kept; lower --lr"
+        self.figures["remark"] = (
+            f"it diverged at step {self.figures['step']} (loss {loss:.3g}): the best before is kept; lower --lr"
         )
         return True
 
@@ -272,25 +276,6 @@ class _Run:
     def _portions(self, samples: Sequence[int]) -> list[Sequence[int]]:
         size = self.settings.batch
         return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-    def _keep(self) -> None:
-        self._best = [entry.detach().clone() for entry in self._parameters]
-
-    def _snapshot(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
-        now = [entry.detach().clone() for entry in self._parameters]
-        return {**self.state, "now": now, "best": self._best, "adam": self._adam.state_dict()}
-
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        self.state = {name: saved[name] for name in self.state}
-        self._best = list(saved["best"])
-        self._adam.load_state_dict(saved["adam"])
-        self._set(saved["now"])
-
-    def _set(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for entry, value in zip(self._parameters, values, strict=True):
-                entry.copy_(value)
 
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
