@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
+from scalefold.compiler.errors import SourceError
 from scalefold.compiler.schemes import Float
 
 WIDTH = 370
@@ -17,6 +18,11 @@ COLUMNS = 320
 """Most bars of a range chart; channels that share one are drawn at their extremes, so that no outlier is lost."""
 
 RED, BLUE, GREY = "#c0392b", "#2471a3", "#7f8c8d"
+FONTS = "Helvetica, Arial, 'DejaVu Sans', 'Liberation Sans', 'Noto Sans', sans-serif"
+"""Families by name: what draws PNG files finds no font by `sans-serif` alone."""
+
+ZOOM = 2
+"""Pixels of a PNG file for each unit of a chart."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,35 @@ class Chart:
         """The chart as one SVG element, a file of its own or a part of a page."""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" role="img" '
-            f'aria-label="{escape(self.title)}" font-family="sans-serif" font-size="11">'
+            f'aria-label="{escape(self.title)}" font-family="{FONTS}" font-size="11">'
             f'<rect width="100%" height="100%" fill="white"/>{self.body}</svg>\n'
         )
+
+    def png(self) -> bytes:
+        """The chart as a PNG file.
+
+        Raises:
+            SourceError: the package that draws it is not installed, or no font is.
+        """
+        draw = _renderer()
+        letters = Chart("", 20, 20, '<text y="15">x</text>')
+        if draw(letters.svg()) == draw(Chart("", 20, 20, "").svg()):
+            raise SourceError(
+                "there is no font to draw letters with",
+                where="PNG plots",
+                remedy="install one, such as Debian's fonts-dejavu-core, or take the SVG files",
+            )
+        return draw(self.svg())
+
+
+def _renderer() -> Callable[[str], bytes]:
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise SourceError(
+            f"they need the package {error.name}", where="PNG plots", remedy="pip install 'scalefold[plots]'"
+        ) from error
+    return lambda svg: bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=ZOOM))
 
 
 def side_by_side(charts: Sequence[Chart], columns: int = 2) -> Chart:
@@ -104,7 +136,12 @@ def bars(
         if value is not None
     ]
     first, last = (labels[0], labels[-1] if len(labels) > 1 else "") if labels else ("", "")
-    return Chart(title, WIDTH, height, _heading(title) + axis.draw() + "".join(shapes) + _ends(first, last, height))
+    middle = (
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" text-anchor="middle" fill="#555" font-size="10">'
+        f"{escape(unit)}</text>"
+    )
+    body = _heading(title) + axis.draw() + "".join(shapes) + _ends(first, last, height) + middle
+    return Chart(title, WIDTH, height, body)
 
 
 def log_marks(title: str, series: Mapping[str, tuple[str, Sequence[float]]], caption: str) -> Chart:

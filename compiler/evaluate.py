@@ -523,7 +523,7 @@ def compare_on_text(
 ) -> list[Fidelity]:
     """The outputs of a compiled folder against a float graph, on texts of any length up to 128 tokens."""
     session, tokenizer = open_folder(folder)
-    encode = TextEncoder(tokenizer, original, 128)
+    encode = TextEncoder(tokenizer, original, min(128, position_limit(folder) or 128))
 
     def feeds() -> Iterator[Feed]:
         for text in texts:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,12 +129,20 @@ class TrainingState:
     Args:
         parameters: leaves with gradients.
         adam: their optimizer.
-        figures: numbers and texts by name, changed as the run goes.
+        figures: numbers and texts by name, changed as the run goes; `step` and `after`, the best loss, among them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], adam: torch.optim.Optimizer, **figures: Any) -> None:
         self.parameters, self.adam, self.figures = list(parameters), adam, figures
         self._best: list[Tensor] = []
+
+    @contextmanager
+    def bar(self, progress: Progress, title: str, steps: int) -> Iterator[Callable[[], None]]:
+        """A bar for the steps up to the next judgement, which stands where the run does and tells its best loss."""
+        with progress(f"{title}, loss {self.figures['after']:.4g}", steps) as advance:
+            for _ in range(self.figures["step"]):
+                advance()
+            yield advance
 
     def keep(self) -> None:
         """The values are the best so far."""
@@ -181,7 +190,7 @@ def learn(
         count: number of samples.
         schedule: how.
         title: of the progress bar, and the key in the checkpoint.
-        progress: opens the bar, under the title and the loss to improve on.
+        progress: opens a bar for each round, under the title and the best loss so far.
         checkpoint: kept after each round.
     """
     run = _Training(parameters, loss, *schedule.split(count), schedule)
@@ -190,12 +199,10 @@ def learn(
         run.begin()
     else:
         run.state.restore(saved)
-    with progress(f"{title}, loss {run.figures['before']:.4g}", schedule.steps) as advance:
-        for _ in range(run.figures["step"]):
-            advance()
-        while run.figures["step"] < schedule.steps and not run.figures["remark"]:
+    while run.figures["step"] < schedule.steps and not run.figures["remark"]:
+        with run.state.bar(progress, title, schedule.steps) as advance:
             run.round(advance)
-            checkpoint.put(title, run.state.snapshot())
+        checkpoint.put(title, run.state.snapshot())
     run.state.finish()
     return Outcome(run.figures["before"], run.figures["after"], run.figures["step"], run.figures["remark"])
 

@@ -66,20 +66,27 @@ def plots(report: Report) -> dict[str, Chart]:
     if report.times:
         found["latency"] = charts.side_by_side(_latency_charts(report))
     if sites := report.sites():
-        found["ranges"] = _reach_chart(sites)
+        found["ranges"] = charts.side_by_side([_reach_chart(sites), _spread_chart(sites)])
         for order, layer in enumerate(_shown(sites)):
             found[f"ranges-{order + 1}"] = charts.side_by_side(_range_charts(report, layer))
     return found
 
 
-def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Save every picture as an SVG file."""
+def write_plots(report: Report, folder: Path, *, png: bool = False) -> list[Path]:
+    """Save every picture as an SVG file, and as a PNG file too where those are wanted.
+
+    Raises:
+        SourceError: PNG files cannot be drawn here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, chart in plots(report).items():
         path = folder / f"{name}.svg"
         path.write_text(chart.svg(), encoding="utf-8")
         written.append(path)
+        if png:
+            written.append(path.with_suffix(".png"))
+            written[-1].write_bytes(chart.png())
     return written
 
 
@@ -232,7 +239,7 @@ def _sqnr_charts(report: Report) -> list[Chart]:
         kinds.setdefault(kind, []).append((str(number), layer["sqnr_db"]))
     top = max((value for found in kinds.values() for _, value in found if value is not None), default=1.0)
     return [
-        charts.bars(kind, [number for number, _ in found], [value for _, value in found], "dB", top)
+        charts.bars(kind, [number for number, _ in found], [value for _, value in found], "dB SQNR", top)
         for kind, found in kinds.items()
     ]
 

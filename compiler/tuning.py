@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,13 +200,9 @@ class _Run:
             self.state.keep()
         else:
             self.state.restore(saved)
-        with progress(f"tuning, loss {self.figures['before']:.4g}", self._steps) as advance:
-            for _ in range(self.figures["step"]):
-                advance()
-            while self.figures["step"] < self._steps and not self.figures["remark"]:
-                self._step()
-                checkpoint.put(STATE, self.state.snapshot())
-                advance()
+        while self.figures["step"] < self._steps and not self.figures["remark"]:
+            with self.state.bar(progress, "tuning", self._steps) as advance:
+                self._round(checkpoint, advance)
         self.state.finish()
         return self.figures["step"], self.figures["remark"]
 
@@ -222,6 +218,15 @@ class _Run:
     def adapted(self, arrays: Arrays) -> onnxruntime.InferenceSession:
         """The base with these constants."""
         return serving.load_with(self._folder, arrays)
+
+    def _round(self, checkpoint: Checkpoint, advance: Callable[[], None]) -> None:
+        """Train up to the next judgement."""
+        each = -(-self._steps // ROUNDS)
+        last = min(self._steps, (self.figures["step"] // each + 1) * each)
+        while self.figures["step"] < last and not self.figures["remark"]:
+            self._step()
+            checkpoint.put(STATE, self.state.snapshot())
+            advance()
 
     def _step(self) -> None:
         step = self.figures["step"]

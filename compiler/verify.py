@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from scalefold.compiler import graph, saturation
+from scalefold.compiler import artifact, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
 
@@ -26,6 +27,12 @@ INTEGER_KERNELS = frozenset(
 )
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
 Activation = Literal["per-tensor", "per-token", "float"]
+EFFECTS: dict[Effect, str] = {
+    "missed": "not as an integer kernel",
+    "slow": "not as a fast integer kernel",
+    "wrong": "which gives wrong numbers",
+    "fails": "which stops with an error",
+}
 WEIGHT_INPUT = {"QLinearMatMul": 3, "QGemm": 3}
 """Which input of a kernel is the weight, where it is not the second."""
 
@@ -43,6 +50,7 @@ class LayerKernel:
         reason: why it missed one; empty when it did not.
         remedy: what to do about that.
         activation: what has a scale of its own in the layer's input: the tensor, each token, or nothing.
+        effect: what comes of the reason, where there is one.
     """
 
     name: str
@@ -53,6 +61,7 @@ class LayerKernel:
     reason: str = ""
     remedy: str = ""
     activation: Activation = "per-tensor"
+    effect: Effect = "missed"
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,15 @@ def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]
     """The kernel that every linear layer of a model file gets from onnxruntime on this machine.
 
     Loads the file with onnxruntime at its default settings, reads the graph it optimises it to, and follows each weight.
+    A layer that the record beside the file has as integer is held to that, and so is a table that is looked up quantized.
 
     Args:
         path: the file.
         weight_only: whether activations are float on purpose: then a kernel that rounds them itself is no miss.
     """
     written = read_onnx(path)
+    optimized = optimized_graph(path)  # refuses what is no valid graph, which would trip up what follows
     ShapeInferencePass()(written)
-    optimized = optimized_graph(path)
     by_weight = _kernels_by_weight(optimized)
     kernels = []
     for node in graph.nodes(written, *LINEAR_OPS):
@@ -96,16 +106,72 @@ def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]
         if len(shape) != 2 or graph.consumers(weight)[0].op_type in ("Gather",):
             continue
         found = _of_layer(by_weight.get(weight.name or "", []), node) or _by_node_name(optimized, node)
-        kernel = found.op_type if found is not None else "none"
-        obstacle = _diagnose(node) if codes else None
-        misses = (_INT8_ACTIVATION,) if weight_only else (_INT8_ACTIVATION, _FLOAT_ACTIVATION)
-        integer = kernel in INTEGER_KERNELS and obstacle not in misses
-        reason, remedy = ("", "") if integer or not codes else obstacle or _unknown(kernel)
-        size, activation = (shape[0], shape[1]), _activation_of(node)
-        kernels.append(
-            LayerKernel(node.name or weight.name or "", size, codes, kernel, integer, reason, remedy, activation)
+        entry = LayerKernel(
+            node.name or weight.name or "",
+            (shape[0], shape[1]),
+            codes,
+            found.op_type if found is not None else "none",
+            found is not None and _is_integer(found.op_type, node, weight_only=weight_only),
+            activation=_activation_of(node),
         )
-    return kernels
+        kernels.append(_judged(entry, obstacle_of(node, entry.kernel, weight_only=weight_only)) if codes else entry)
+    return _held_to_record(kernels, path.parent) + _whole_tables(written, optimized)
+
+
+def _is_integer(kernel: str, written: ir.Node, *, weight_only: bool) -> bool:
+    """Whether a kernel does what was written with integers; MatMulNBits in place of a QDQ pair rounds all over again."""
+    if kernel == "MatMulNBits":
+        return weight_only or is_block_product(written)
+    return kernel in INTEGER_KERNELS
+
+
+def _judged(entry: LayerKernel, obstacle: Obstacle | None) -> LayerKernel:
+    """A quantized layer with what is wrong with it, if anything is."""
+    if entry.integer and (obstacle is None or obstacle.effect == "missed"):
+        return entry
+    found = obstacle or Obstacle(
+        f"onnxruntime's optimizer chose {entry.kernel} for a reason scalefold does not know",
+        "compare versions of onnxruntime",
+    )
+    effect = found.effect if entry.integer else "missed"
+    return replace(entry, integer=False, reason=found.reason, remedy=found.remedy, effect=effect)
+
+
+def _held_to_record(kernels: list[LayerKernel], folder: Path) -> list[LayerKernel]:
+    """The layers, with those missed that were integer when the folder was compiled and are float or not there now."""
+    if not (folder / artifact.RECORD).is_file():
+        return kernels
+    recorded = {layer["name"]: layer for layer in artifact.read_record(folder).get("layers", []) if layer["integer"]}
+    remedy = "compile the model again, or take the file that scalefold wrote"
+    reason = f"{artifact.RECORD} has it as an integer product and its weight is float"
+    held = [
+        replace(entry, planned=True, integer=False, reason=reason, remedy=remedy)
+        if entry.name in recorded and not entry.planned
+        else entry
+        for entry in kernels
+    ]
+    absent = [layer for name, layer in recorded.items() if name not in {entry.name for entry in kernels}]
+    reason = f"{artifact.RECORD} has it and the graph has no product of that name with a constant weight"
+    return held + [
+        LayerKernel(layer["name"], tuple(layer["shape"]), True, "none", False, reason, remedy) for layer in absent
+    ]
+
+
+def _whole_tables(written: ir.Model, optimized: ir.Model) -> list[LayerKernel]:
+    """The quantized tables of embeddings that onnxruntime dequantizes whole on every run, to look up a few rows."""
+    kept = {node.inputs[0].name for node in graph.nodes(optimized, "DequantizeLinear") if node.inputs[0] is not None}
+    found = []
+    for node in graph.nodes(written, "Gather"):
+        dequantize = graph.producer(node.inputs[0], "DequantizeLinear")
+        codes = dequantize.inputs[0] if dequantize is not None else None
+        array = weight_array(codes)
+        if codes is None or array is None or array.ndim != 2 or codes.name not in kept:
+            continue
+        reason = "a DequantizeLinear of the whole table comes before its Gather, on every run"
+        remedy = "look up codes and scales first, and dequantize the rows"
+        size = array.shape[0], array.shape[1]
+        found.append(LayerKernel(node.name or codes.name or "", size, True, "DequantizeLinear", False, reason, remedy))
+    return found
 
 
 def rounds_rows(kernels: Sequence[LayerKernel]) -> bool:
@@ -129,8 +195,9 @@ def require_integer_kernels(kernels: Sequence[LayerKernel], allow_float: Sequenc
     missed = [kernel for kernel in kernels if kernel.planned and not kernel.integer and kernel.name not in allowed]
     if missed:
         first, more = missed[0], f" (and {len(missed) - 1} other layers)" if len(missed) > 1 else ""
+        ran = f"runs it as {first.kernel}, {EFFECTS[first.effect]}"
         raise KernelError(
-            f"onnxruntime runs it as {first.kernel}, not as an integer kernel, because {first.reason}{more}",
+            f"onnxruntime {'runs no kernel for it' if first.kernel == 'none' else ran}, because {first.reason}{more}",
             where=f"layer {first.name}",
             remedy=f"{first.remedy}, or accept it with --allow-float '{re.escape(first.name)}'",
         )
@@ -196,77 +263,6 @@ def _by_node_name(optimized: ir.Model, node: ir.Node) -> ir.Node | None:
     """The optimised node of the same name: onnxruntime renames weights it lays out anew."""
     readers = graph.nodes(optimized, *LINEAR_OPS)
     return next((entry for entry in readers if node.name and node.name in _names(entry)), None)
-
-
-def _diagnose(node: ir.Node) -> tuple[str, str] | None:
-    """(reason, remedy) of the first known obstacle to an integer kernel, as the written graph shows it."""
-    fused = node.op_type not in ("MatMul", "Gemm")
-    if fused:
-        zero = node.inputs[4] if node.op_type == "MatMulIntegerToFloat" and len(node.inputs) > 4 else None
-        return _INT8_ACTIVATION if _is_int8(node.inputs[0]) or _is_int8(zero) else None
-    activation, weight = graph.producer(node.inputs[0], "DequantizeLinear"), weight_dequantizer(node)
-    assert weight is not None
-    if activation is None:
-        moved = graph.producer(node.inputs[0], "Reshape", "Transpose", "Squeeze", "Unsqueeze")
-        if moved is not None and graph.producer(moved.inputs[0], "DequantizeLinear") is not None:
-            return f"a {moved.op_type} stands between its QDQ pair and the product", "quantize right before the product"
-        return _FLOAT_ACTIVATION
-    if any(_is_int8(activation.inputs[index]) for index in (0, 2) if index < len(activation.inputs)):
-        return _INT8_ACTIVATION
-    if weight.inputs[0] is not None and weight.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4):
-        return "its weight is int4 behind an 8-bit activation", "store it as int8 codes"
-    if (obstacle := _bias_obstacle(node)) is not None:
-        return obstacle
-    if len(graph.consumers(weight.outputs[0])) > 1:
-        return (
-            "its weight's DequantizeLinear is shared with another layer",
-            "give each layer a DequantizeLinear of its own",
-        )
-    return None
-
-
-def _bias_obstacle(node: ir.Node) -> tuple[str, str] | None:
-    add = graph.only_consumer(node.outputs[0], "Add")
-    bias = graph.other_input(add, node.outputs[0]) if add is not None else None
-    if node.op_type == "Gemm":
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
-        return None
-    weight = weight_dequantizer(node)
-    if graph.producer(bias, "DequantizeLinear") is not None:
-        if weight is not None and len(weight.inputs) < 3:
-            return "its weight's DequantizeLinear has no zero point, which QGemm needs", "write the zero point 0 out"
-        return None
-    if not bias.is_initializer():
-        return None
-    remedy = "quantize its bias to int32 with scale = activation scale x weight scale, or use --target onnxruntime-cpu"
-    if node.op_type == "Gemm" or graph.rank(node.inputs[0]) == 2:
-        return (
-            "it is a two-dimensional product with a float bias, which onnxruntime fuses to a float Gemm first",
-            remedy,
-        )
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if shape is not None and all(isinstance(size, int) for size in shape):
-        return "its shapes are static and its bias is float, which onnxruntime fuses to a float Gemm first", remedy
-    return None
-
-
-def _is_int8(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype == ir.DataType.INT8
-
-
-_FLOAT_ACTIVATION = ("its activation is not quantized", "quantize its input, or exclude it from the recipe")
-_INT8_ACTIVATION = (
-    "of its int8 activation, for which onnxruntime only has a reference kernel slower than float",
-    "quantize activations to uint8",
-)
-
-
-def _unknown(kernel: str) -> tuple[str, str]:
-    return (
-        f"onnxruntime's optimizer chose {kernel} for a reason scalefold does not know",
-        "compare versions of onnxruntime",
-    )
 
 
 def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import re
+import struct
+import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from scalefold.compiler import charts
 from scalefold.compiler.charts import Chart
+from scalefold.compiler.errors import SourceError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -69,3 +73,28 @@ def test_no_values_are_an_empty_chart() -> None:
     assert drawn(charts.bars("none", [], [], "dB")) is not None
     assert drawn(charts.side_by_side([])) is not None
     assert drawn(charts.channel_ranges("zeros", np.zeros((2, 4), dtype=np.float32), "red")) is not None
+
+
+PNG_HEAD = struct.Struct(">8s4s4sII")
+
+
+def test_a_png_file_has_the_letters_of_the_chart() -> None:
+    chart = charts.shares("title", [("label", 1.0, "100%")])
+    png = chart.png()
+    *_, width, height = PNG_HEAD.unpack(png[: PNG_HEAD.size])
+    assert (width, height) == (charts.ZOOM * chart.width, charts.ZOOM * chart.height)
+    without = re.sub(r"<text.*?</text>", "", chart.body)
+    assert png != replace(chart, body=without).png()
+
+
+def test_a_png_file_without_its_package_or_a_font_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chart = charts.bars("one", ["0"], [1.0], "dB")
+    with monkeypatch.context() as patched:
+        patched.setattr(charts, "FONTS", "NoSuchFont")
+        with pytest.raises(SourceError, match="PNG plots: there is no font to draw letters with; install one"):
+            chart.png()
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(
+        SourceError, match=r"PNG plots: they need the package resvg_py; pip install 'scalefold\[plots\]'"
+    ):
+        chart.png()

@@ -176,7 +176,20 @@ def test_the_command_writes_the_page_and_the_plots(folder: Path, tmp_path: Path,
     assert len(facts["ranges"]["sites"]) == 9
     assert {Path(path).suffix for path in facts["plots"]} == {".svg"}
     assert all((tmp_path / path).is_file() for path in facts["plots"])
+    assert list((tmp_path / "drawn").glob("*.png")) == []
     Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_png_files_are_drawn_beside_the_svg_files(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    done = cli("report", folder, "--plots", "drawn", "--png", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    written = [Path(path) for path in json.loads(done.stdout)["plots"]]
+    assert {path.suffix for path in written} == {".svg", ".png"}
+    assert {path.stem for path in written if path.suffix == ".png"} == {path.stem for path in written}
+    assert all((tmp_path / path).read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
+    refused = cli("report", folder, "--png")
+    assert refused.returncode == 2
+    assert "--png: there is no folder for the plots; give one with --plots." in refused.stderr
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path, cli: Cli) -> None:
