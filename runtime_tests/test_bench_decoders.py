@@ -45,7 +45,7 @@ def test_known_perplexities_a_broken_contender_and_folders_left_alone(
     broken.mkdir()
     (broken / "model.onnx").write_bytes(b"no model")
     text.write_text("a b c d\n" * 300, encoding="utf-8")
-    options = f"--model letters --float {blind} --compiled w8a8={knowing} --compiled w8a8-token={broken}"
+    options = f"--models letters --float {blind} --compiled w8a8={knowing} --compiled w8a8-token={broken}"
     options += f" --only w8a8,w8a8-token --turns 2 --threads 1 --calibration {text} --data {text} --windows 2"
     options += f" --work {tmp_path / 'work'} --json {found}"
     monkeypatch.setattr(sys, "argv", ["bench_decoders.py", *options.split()])
@@ -55,10 +55,11 @@ def test_known_perplexities_a_broken_contender_and_folders_left_alone(
     reference, better, failed = json.loads(found.read_text(encoding="utf-8"))["rows"]
     assert reference["perplexity"] == pytest.approx(4)  # four letters, equally likely
     assert better["perplexity"] == pytest.approx(2)  # 3 / (3 + 1 + 1 + 1)
-    assert {task: len(turns) for task, turns in better["turns"].items()} == {"512+0": 2, "16+64": 2}
+    assert {task: len(turns) for task, turns in better["turns"].items()} == {"1x512+0": 2, "1x16+64": 2, "8x16+64": 2}
     assert not failed["turns"] and "cannot load the graph" in failed["failure"]
     shown = capsys.readouterr().out
     assert "| 4 | 1 | 0 |" in shown and "| 2 | 0.5 | 0 |" in shown
+    assert "decode of 64 x 8, tokens/s" in shown
     assert f"* scalefold w8a8-token failed: {failed['failure']}" in shown
     assert [path.name for path in broken.iterdir()] == ["model.onnx"]
     assert sorted(path.name for path in knowing.iterdir()) == ["model.onnx", "tokenizer.json"]

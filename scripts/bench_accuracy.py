@@ -16,8 +16,9 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 if TYPE_CHECKING:  # type checkers see the repository as the root, Python the folder of this file
-    from scripts import contenders
+    from scripts import bench_report, contenders
 else:
+    import bench_report
     import contenders
 
 BATCH = 16
@@ -135,7 +136,7 @@ def report(rows: list[Row], facts: dict[str, str]) -> str:
         )
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
     footer = f"{told}. Bold: of a peer's settings, those with the highest Spearman here."
-    return "\n".join([contenders.table(HEADER, lines), "", *notes, *([""] if notes else []), footer])
+    return "\n".join([bench_report.table(HEADER, lines), "", *notes, *([""] if notes else []), footer])
 
 
 def main() -> None:
@@ -143,6 +144,7 @@ def main() -> None:
     made.add_argument("--model", default="minilm", help="minilm, or a Hugging Face folder (default: minilm)")
     made.add_argument("--data", type=Path, metavar="FILE", help="STS-B sentence pairs: tab-separated, "
                       "unquoted, score in the fifth column, sentences in the sixth and seventh")  # fmt: skip
+    bench_report.add_options(made, "accuracy", plot=False)
     options = made.parse_args()
     if options.data is None or not options.data.is_file():
         raise SystemExit(
@@ -158,7 +160,8 @@ def run(options: argparse.Namespace) -> None:
     reference: contenders.Array | None = None
     with contenders.work_folder(options.work) as root:
         with console.status("exporting the float model"):
-            work = contenders.prepare(options.model, root, options.calibration, options.samples)
+            given = (options.model, root, options.calibration, options.samples)
+            work = contenders.prepare(*given, as_built=options.as_built)
             benchmark = read_benchmark(options.data, work)
         for contender in track(contenders.chosen(options.only), "contenders", console=console):
             console.log(contender.name)
@@ -171,7 +174,8 @@ def run(options: argparse.Namespace) -> None:
                 console.log(f"  {row.failure}", markup=False)
             rows.append(row)
     facts = {"model": options.model, "data": options.data.name, **contenders.machine(2)}
-    contenders.publish(options, report(rows, facts), {"machine": facts, "rows": [asdict(row) for row in rows]})
+    data = {"machine": facts, "rows": [asdict(row) for row in rows]}
+    bench_report.publish(options, "accuracy", report(rows, facts), data)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ The benchmarks start this file as a child process for every step, so that memory
     contenders.py build NAME FOLDER          quantize; one line of JSON with what it took
     contenders.py embed NAME FOLDER          sentence embeddings of the evaluation feeds, and the kernels that ran
     contenders.py serve NAME FOLDER THREADS  load, then run one timed turn for each line `BATCHxLENGTH SECONDS`
-    contenders.py judge NAME FOLDER [TEXT WINDOWS]  the kernels of a decoder, and its perplexity on running text
-    contenders.py decode NAME FOLDER THREADS        the same as serve for a decoder and lines `PROMPT+NEW SECONDS`
+    contenders.py check NAME FOLDER          its outputs against float's, and the kernels that ran
+    contenders.py judge NAME FOLDER          the same for a decoder, and its perplexity where there are windows to read
+    contenders.py decode NAME FOLDER THREADS the same as serve for a decoder and lines `BATCHxPROMPT+NEW SECONDS`
 
-FOLDER is a `Workspace`. Only numpy is imported at the top: OpenVINO's children run in an environment of their own.
+FOLDER is a `Workspace`. Only numpy is imported at the top: other engines' children run in environments of their own
+(bench_environments.py), and load and run models as bench_engines.py says.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +36,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from scalefold.compiler.generate import CachedSession
+if TYPE_CHECKING:  # type checkers see the repository as the root, Python the folder of this file
+    from scripts import bench_conversions, bench_engines, bench_environments
+else:
+    import bench_conversions
+    import bench_engines
+    import bench_environments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH_VENV = REPOSITORY / ".bench-venv"
-CONSTRAINTS = Path(__file__).with_name("bench-constraints.txt")
 SEQUENCE = 128
 WINDOW = 512
 """Tokens of a decoder's calibration window, of a prompt to prefill, and of a window whose perplexity is taken."""
 READ_WINDOWS = 8
 """Windows that `quantize_static` is given: its memory grows with them."""
+CHECKED = 64
+"""Tokens of a decoder's first window whose logits are held against float's."""
+MODEL_FILES = {
+    "onnxruntime": "model.onnx", "openvino": "model.xml", "ctranslate2": "model", "llama.cpp": "model.gguf",
+    "genai": "model.onnx",
+}  # fmt: skip
+"""What each engine is given to load: a file, and for CTranslate2 a folder."""
+RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-4x768": ("Bert", {"num_hidden_layers": 4}),
+    "bert-12x768": ("Bert", {}),
+    "gpt2-124m": ("GPT2", {}),
+    "opt-125m": ("OPT", {}),
+}
+"""Models of real sizes whose weights are random: the architecture, and what differs from transformers' defaults."""
 INTEGER_MATMULS = (
     "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits",
 )  # fmt: skip
@@ -54,9 +73,15 @@ Feed = dict[str, Array]
 
 @dataclass(frozen=True)
 class Workspace:
-    """One model's files: the float model, the calibration samples as text and as feeds, and a folder per contender."""
+    """One model's files: the float model, the calibration samples as text and as feeds, and a folder per contender.
+
+    Attributes:
+        folder: where they are.
+        as_built: take what was quantized before, even where scalefold or the scripts have changed since.
+    """
 
     folder: Path
+    as_built: bool = False
 
     @property
     def float_model(self) -> Path:
@@ -79,6 +104,33 @@ class Workspace:
         return self.folder / "evaluation.npz"
 
     @property
+    def windows(self) -> Path:
+        """Windows of running text whose perplexity is taken, token ids [windows, tokens]; missing without a text."""
+        return self.folder / "windows.npy"
+
+    @property
+    def reference(self) -> Path:
+        """Float's output that every contender's is held against."""
+        return self.folder / "reference.npy"
+
+    @property
+    def results(self) -> Path:
+        """What was measured so far."""
+        return self.folder / "results.json"
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where the model came from: a Hugging Face folder, and a GGUF file where it was one."""
+        found: dict[str, str] = json.loads((self.folder / "origin.json").read_text(encoding="utf-8"))
+        return found
+
+    def note_origin(self, **paths: Path) -> None:
+        """Write down where the model came from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({name: str(path) for name, path in paths.items()})
+        (self.folder / "origin.json").write_text(text, encoding="utf-8")
+
+    @property
     def window(self) -> int:
         """`WINDOW`, or the length of the decoder's position table where that is shorter."""
         from scalefold.compiler.decoder import position_limit
@@ -93,7 +145,7 @@ class Workspace:
         """The file that a contender is loaded from."""
         if contender.build is keep_float:
             return self.float_model
-        return self.output(contender) / ("model.xml" if contender.openvino else "model.onnx")
+        return self.output(contender) / MODEL_FILES[contender.engine]
 
 
 @dataclass(frozen=True)
@@ -105,15 +157,15 @@ class Contender:
         family: the rows of one family are the same tool at different settings.
         settings: what was set, for people.
         build: writes the quantized model into a folder.
-        openvino: runs on OpenVINO instead of onnxruntime.
-        timed: False leaves it out of the speed table, since it runs the same kernels as another row.
+        engine: what runs it: a key of `MODEL_FILES`.
+        timed: False leaves it out of the speed tables, since it runs the same kernels as another row.
     """
 
     name: str
     family: str
     settings: str
     build: Callable[[Workspace, Path], None]
-    openvino: bool = False
+    engine: str = "onnxruntime"
     timed: bool = True
 
 
@@ -126,12 +178,14 @@ class Built:
         peak_mb: peak resident memory of the child and its children.
         size_mb: all files that the result is loaded from.
         failure: the reason when there is no result.
+        key: changes with anything that the result depends on; empty for a folder that was given.
     """
 
     seconds: float = 0.0
     peak_mb: float = 0.0
     size_mb: float = 0.0
     failure: str | None = None
+    key: str = ""
 
 
 class StepError(Exception):
@@ -226,6 +280,39 @@ def _transformers(*, dynamic: bool, **settings: Any) -> Callable[[Workspace, Pat
     return build
 
 
+def _blocks(bits: int) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        import onnx
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+        config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=bits)
+        quantizer = MatMulNBitsQuantizer(onnx.load(str(work.float_model)), algo_config=config)
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(out / "model.onnx"), use_external_data_format=True)
+
+    return build
+
+
+def _ctranslate2(compute_type: str) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        bench_conversions.to_ctranslate2(Path(work.origin["source"]), out / "model", compute_type)
+
+    return build
+
+
+def _llama_cpp(file_type: str) -> Callable[[Workspace, Path], None]:
+    def build(work: Workspace, out: Path) -> None:
+        given = work.origin.get("gguf")
+        target = out / MODEL_FILES["llama.cpp"]
+        bench_conversions.to_gguf(Path(work.origin["source"]), Path(given) if given else None, target, file_type)
+
+    return build
+
+
+def _genai(work: Workspace, out: Path) -> None:
+    bench_conversions.to_genai(Path(work.origin["source"]), out)
+
+
 def _nncf(*, float_attention: bool) -> Callable[[Workspace, Path], None]:
     def build(work: Workspace, out: Path) -> None:
         import nncf
@@ -280,6 +367,19 @@ STATIC_7BIT = Contender(
     _static(**MATMUL_ONLY, reduce_range=True),
     timed=False,
 )
+BLOCKS = tuple(
+    Contender(
+        f"nbits{bits}",
+        "MatMulNBits, onnxruntime's quantizer",
+        f"{bits} bits, blocks of 32, symmetric, accuracy level 4",
+        _blocks(bits),
+    )
+    for bits in (8, 4)
+)
+CTRANSLATE2 = tuple(
+    Contender(f"ctranslate2-{kind}", "CTranslate2", kind, _ctranslate2(kind), "ctranslate2")
+    for kind in ("float32", "int8")
+)
 CONTENDERS = (
     FLOAT,
     Contender("dynamic", "quantize_dynamic", "QInt8, per_channel", _dynamic(per_channel=True)),
@@ -290,8 +390,15 @@ CONTENDERS = (
         _dynamic(per_channel=True, reduce_range=True),
         timed=False,
     ),
-    Contender("static", "quantize_static", "defaults: QDQ, MinMax", _static()),
-    Contender("static-matmul", "quantize_static", "MatMul only, per_channel, QUInt8 x QInt8", _static(**MATMUL_ONLY)),
+    *BLOCKS,
+    Contender("static", "quantize_static", "defaults: QDQ, MinMax", _static(), timed=False),
+    Contender(
+        "static-matmul",
+        "quantize_static",
+        "MatMul only, per_channel, QUInt8 x QInt8",
+        _static(**MATMUL_ONLY),
+        timed=False,
+    ),
     STATIC_7BIT,
     Contender(
         "static-inputs",
@@ -311,16 +418,25 @@ CONTENDERS = (
         "transformers OnnxRuntimeQuantizer",
         "static, per_channel",
         _transformers(dynamic=False, per_channel=True),
+        timed=False,
     ),
     Contender("transformers-dynamic", "transformers OnnxRuntimeQuantizer", "dynamic", _transformers(dynamic=True)),
-    Contender("openvino", "OpenVINO + NNCF", "INT8, model_type TRANSFORMER", _nncf(float_attention=False), True),
+    Contender(
+        "openvino",
+        "OpenVINO + NNCF",
+        "INT8, model_type TRANSFORMER",
+        _nncf(float_attention=False),
+        "openvino",
+        timed=False,
+    ),
     Contender(
         "openvino-linear",
         "OpenVINO + NNCF",
         "INT8, model_type TRANSFORMER, attention products ignored",
         _nncf(float_attention=True),
-        True,
+        "openvino",
     ),
+    *CTRANSLATE2,
     Contender("scalefold", "scalefold", "w8a8", _scalefold("--recipe", "w8a8")),
     Contender("scalefold-qdq", "scalefold", "w8a8, target qdq", _scalefold("--recipe", "w8a8", "--target", "qdq")),
     Contender("scalefold-naive", "scalefold", "w8a8-naive", _scalefold("--recipe", "w8a8-naive"), timed=False),
@@ -339,12 +455,33 @@ DECODERS = (
         _dynamic(per_channel=True, reduce_range=True, op_types_to_quantize=["MatMul"]),
     ),
     STATIC_7BIT,
+    *BLOCKS,
+    *CTRANSLATE2,
     *(
-        Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe))
-        for recipe in ("w8a8", "w8a8-static", "w8a8-token")
+        Contender(
+            f"llama.cpp-{kind.lower()}",
+            "llama.cpp",
+            kind,
+            _llama_cpp(kind),
+            "llama.cpp",
+        )
+        for kind in ("Q8_0", "Q4_0")
     ),
-    Contender(
-        "w4a8-decode", "scalefold", "w4a8, profile decode", _scalefold("--recipe", "w4a8", "--profile", "decode")
+    Contender("genai-int4", "onnxruntime-genai", "int4, blocks of 32, accuracy level 4", _genai, "genai"),
+    Contender("w8a8", "scalefold", "w8a8", _scalefold("--recipe", "w8a8")),
+    *(
+        Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe), timed=False)
+        for recipe in ("w8a8-static", "w8a8-token")
+    ),
+    *(
+        Contender(
+            f"w4a8-{profile}",
+            "scalefold",
+            f"w4a8, profile {profile}",
+            _scalefold("--recipe", "w4a8", "--profile", profile),
+            timed=profile == "decode",
+        )
+        for profile in ("throughput", "decode", "balanced")
     ),
 )
 BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *DECODERS)}
@@ -363,15 +500,15 @@ def parser(description: str, entries: Sequence[Contender] = CONTENDERS) -> argpa
     made.add_argument("--only", metavar="NAME,...", help=f"compare these alone (float is always run): {names}")
     made.add_argument("--work", type=Path, metavar="FOLDER", help="keep exported and quantized models here, so that a "
                       "second run does not make them again; default: a temporary folder")  # fmt: skip
-    made.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the Markdown table here too")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured here")
+    made.add_argument("--as-built", action="store_true", help="take what --work holds already, even where scalefold or "
+                      "these scripts have changed since")  # fmt: skip
     return made
 
 
-def chosen(only: str | None, entries: Sequence[Contender] = CONTENDERS) -> list[Contender]:
-    """The contenders that `--only` names, with float first."""
+def chosen(only: str | None, entries: Sequence[Contender] = CONTENDERS, *, timed: bool = False) -> list[Contender]:
+    """The contenders that `--only` names, with float first; without it all, or all that are `timed`."""
     if only is None:
-        return list(entries)
+        return [contender for contender in entries if contender.timed or not timed]
     names = [name.strip() for name in only.split(",")]
     known = [contender.name for contender in entries]
     if unknown := [name for name in names if name not in known]:
@@ -379,19 +516,22 @@ def chosen(only: str | None, entries: Sequence[Contender] = CONTENDERS) -> list[
     return [contender for contender in entries if contender.name in {"float", *names}]
 
 
-def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> Workspace:
+def prepare(model: str, root: Path, calibration: Path | None, samples: int, *, as_built: bool = False) -> Workspace:
     """Export a model once and write the calibration samples.
 
     Args:
-        model: `minilm`, `bert-4x768`, or a Hugging Face folder.
+        model: `minilm`, a name of `RANDOM`, or a Hugging Face folder.
         root: where the model's workspace is made.
         calibration: lines of text, or None for the default text.
         samples: how many of them are used.
+        as_built: see `Workspace`.
     """
     from scalefold.compiler.calibrate import default_texts
 
-    work = Workspace(root / Path(model).name)
-    _export(_source(model, work.folder / "source"), work, "feature-extraction")
+    work = Workspace(root / Path(model).name, as_built)
+    source = _source(model, work.folder / "source")
+    work.note_origin(source=source)
+    _export(source, work, "feature-extraction")
     texts = default_texts()
     if calibration is not None:
         texts = [line.strip() for line in calibration.read_text(encoding="utf-8").splitlines()]
@@ -403,7 +543,13 @@ def prepare(model: str, root: Path, calibration: Path | None, samples: int) -> W
 
 
 def prepare_decoder(
-    model: str, root: Path, calibration: Path | None, samples: int, exported: Path | None = None
+    model: str,
+    root: Path,
+    calibration: Path | None,
+    samples: int,
+    exported: Path | None = None,
+    *,
+    as_built: bool = False,
 ) -> Workspace:
     """Export a decoder once, and write the calibration text and windows out of it.
 
@@ -413,13 +559,15 @@ def prepare_decoder(
         calibration: running text; None for the reference model's own, or else the default text.
         samples: of 128 tokens each, so a window of 512 is four of them.
         exported: a folder with the float model.onnx, to take instead of exporting.
+        as_built: see `Workspace`.
     """
     import onnx_ir as ir
 
     from scalefold.compiler.calibrate import RunningText
 
-    work = Workspace(root / Path(model).name)
-    source, texts = _decoder_source(model)
+    work = Workspace(root / Path(model).name, as_built)
+    source, texts = _decoder_source(model, work.folder / "source")
+    work.note_origin(source=source, **_gguf_of(model))
     if exported is not None:
         place(exported, work.float_model.parent)
     else:
@@ -435,18 +583,43 @@ def prepare_decoder(
     return work
 
 
-def _decoder_source(model: str) -> tuple[Path, list[str]]:
+def _decoder_source(model: str, folder: Path) -> tuple[Path, list[str]]:
     """What to export, and the lines of text to calibrate on."""
     from scalefold.compiler.calibrate import default_running_text, default_texts
     from scalefold.compiler.driver import reference_models
 
     lines = default_running_text().splitlines()
+    if model in RANDOM:
+        return _random_model(model, folder), lines
     if model not in reference_models():
         return Path(model), lines
     module = importlib.import_module(f"scalefold.models.{model.removesuffix('-outliers').replace('-', '_')}")
     build = module.build_outliers if model.endswith("-outliers") else module.build
     own = module.samples()
     return build(), lines if own == default_texts() else own
+
+
+def _gguf_of(model: str) -> dict[str, Path]:
+    """The GGUF file that a reference model is read from, if it is read from one."""
+    from scalefold.models import smollm2
+    from scalefold.models.wheels import cache_folder
+
+    return {"gguf": cache_folder() / smollm2.PACKAGE / smollm2.FILE} if model == "smollm2" else {}
+
+
+def write_windows(work: Workspace, text: Path | None, count: int) -> None:
+    """Cut running text into windows for perplexity; without a text there are none."""
+    work.windows.unlink(missing_ok=True)
+    if text is None:
+        return
+    from scalefold.compiler.calibrate import read_tokenizer
+
+    tokenizer = read_tokenizer(work.float_model.with_name("tokenizer.json"))
+    ids = np.asarray(tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids)
+    whole = min(count, len(ids) // work.window)
+    if not whole:
+        raise SystemExit(f"--data: {text} holds {len(ids)} tokens, too few for a window of {work.window}.")
+    np.save(work.windows, ids[: whole * work.window].reshape(whole, work.window))
 
 
 def place(given: Path, target: Path) -> None:
@@ -476,22 +649,40 @@ def _export(source: Path, work: Workspace, task: str) -> None:
 
 
 def _source(model: str, folder: Path) -> Path:
+    """What to export: a reference model, a random one of `RANDOM` made in `folder`, or the user's own folder."""
+    if model in RANDOM:
+        return _random_model(model, folder)
     from scalefold.models import minilm
 
-    if model not in ("minilm", "bert-4x768"):
-        return Path(model)
-    pretrained = minilm.build()
-    if model == "minilm":
-        return pretrained
-    import torch
-    from transformers import BertConfig, BertModel
+    return minilm.build() if model == "minilm" else Path(model)
 
-    torch.manual_seed(0)
-    shutil.rmtree(folder, ignore_errors=True)
-    BertModel(BertConfig(num_hidden_layers=4)).save_pretrained(folder)
-    for file in pretrained.glob("*token*.json"):
-        shutil.copy(file, folder)
+
+def _random_model(model: str, folder: Path) -> Path:
+    """A model of real sizes with random weights of a fixed seed, and a tokenizer that its vocabulary holds."""
+    import torch
+    import transformers
+
+    from scalefold.models import minilm, smollm2
+
+    kind, settings = RANDOM[model]
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        body = {"Bert": "BertModel", "GPT2": "GPT2LMHeadModel", "OPT": "OPTForCausalLM"}[kind]
+        shutil.rmtree(folder, ignore_errors=True)
+        getattr(transformers, body)(config).save_pretrained(folder)
+        for file in (minilm if kind == "Bert" else smollm2).build().glob("*token*.json"):
+            shutil.copy(file, folder)
+        _fill_vocabulary(folder / "tokenizer.json", config.vocab_size)
     return folder
+
+
+def _fill_vocabulary(tokenizer: Path, size: int) -> None:
+    """Give a tokenizer as many tokens as its model has, with ones that stand in no text: some converters insist."""
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"[filler{index}]": index for index in range(len(vocabulary), size)}
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def encode(work: Workspace, texts: list[str]) -> list[Feed]:
@@ -520,21 +711,6 @@ def machine(threads: int) -> dict[str, str]:
     }
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first two columns are text, the others figures."""
-    marks = ["---" if index < 2 else "---:" for index in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, marks, *rows])
-
-
-def publish(options: argparse.Namespace, markdown: str, data: dict[str, Any]) -> None:
-    """Print the report and write the files that were asked for."""
-    sys.stdout.write(markdown + "\n")
-    if options.output:
-        options.output.write_text(markdown + "\n", encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
     """The folder of `--work`, made when missing, or a temporary one."""
@@ -550,18 +726,15 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 
 def interpreter(contender: Contender) -> str:
-    """The Python that runs a contender's children; OpenVINO's environment is made on first use."""
-    if not contender.openvino:
-        return sys.executable
-    python, complete = BENCH_VENV / "bin" / "python", BENCH_VENV / "complete"
-    if not complete.is_file() or complete.read_text() != CONSTRAINTS.read_text():
-        install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "openvino", "nncf"]
-        for command in ([sys.executable, "-m", "venv", str(BENCH_VENV)], install):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise StepError(f"{BENCH_VENV.name} cannot be made: {_last_line(done.stderr or done.stdout)[:300]}")
-        complete.write_text(CONSTRAINTS.read_text())
-    return str(python)
+    """The Python that runs a contender's children.
+
+    Raises:
+        StepError: its environment cannot be made.
+    """
+    try:
+        return bench_environments.interpreter(contender.engine)
+    except bench_environments.PreparationError as failure:
+        raise StepError(str(failure)) from None
 
 
 def command(contender: Contender, step: str, work: Workspace, *arguments: str) -> list[str]:
@@ -598,34 +771,37 @@ def build(contender: Contender, work: Workspace) -> Built:
     """Quantize in a child, or read what an earlier run with the same inputs left."""
     out = work.output(contender)
     record, key = out / "built.json", _key(contender, work)
-    if record.is_file() and (saved := json.loads(record.read_text()))["key"] == key:
-        return Built(**saved["built"])
-    if out.is_dir():
-        shutil.rmtree(out)
+    if record.is_file():
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        if work.as_built or (saved["key"] == key and not saved["built"]["failure"]):
+            return Built(**{**saved["built"], "key": saved["key"]})
+    displace(out)
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     try:
         interpreter(contender)
         start = time.perf_counter()
         answer = run_child(contender, "build", work)
-        built = Built(time.perf_counter() - start, answer["peak_mb"], size_mb(work.model(contender)))
+        built = Built(time.perf_counter() - start, answer["peak_mb"], size_mb(work.model(contender)), key=key)
     except StepError as failure:
-        return Built(failure=str(failure))
-    record.write_text(json.dumps({"key": key, "built": asdict(built)}))
+        built = Built(failure=str(failure))
+    record.write_text(json.dumps({"key": key, "built": asdict(built)}), encoding="utf-8")
     return built
 
 
 def size_mb(model: Path) -> float:
     """All files that a model is loaded from."""
+    if model.is_dir():
+        return sum(file.stat().st_size for file in model.iterdir()) / 1e6
     parts = [model, model.with_name(f"{model.name}.data"), model.with_suffix(".bin")]
     return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
 
 
 def _key(contender: Contender, work: Workspace) -> str:
     """Changes with anything that the result depends on."""
-    digest = hashlib.sha256(
-        f"{contender.name} {contender.settings} {version('onnxruntime')} {CONSTRAINTS.read_text()}".encode()
-    )
-    sources = [work.texts, work.float_model, Path(__file__)]
+    pins = bench_environments.constraints(contender.engine)
+    digest = hashlib.sha256(f"{contender.name} {contender.settings} {version('onnxruntime')} {pins}".encode())
+    sources = [work.texts, work.float_model, Path(__file__), Path(bench_conversions.__file__)]
     if contender.family == "scalefold":
         sources += [file for name in ("compiler", "passes") for file in sorted((REPOSITORY / name).glob("*.*"))]
     for source in sources:
@@ -636,35 +812,14 @@ def _key(contender: Contender, work: Workspace) -> str:
 # In a child --------------------------------------------------------------------------------------------------------
 
 
-def load(contender: Contender, model: Path, threads: int) -> tuple[Callable[[Feed], Array], Any]:
-    """A function from a feed to the first output, and the runtime's own object behind it."""
-    if contender.openvino:
-        import openvino
-
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
-        request = compiled.create_infer_request()
-        return lambda feed: np.asarray(request.infer(feed, share_inputs=True)[0]), compiled
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # Spinning threads would take time from whoever has the next turn, and on a shared machine from each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    names, first = {entry.name for entry in session.get_inputs()}, session.get_outputs()[0].name
-    return lambda feed: np.asarray(
-        session.run([first], {name: array for name, array in feed.items() if name in names})[0]
-    ), session
-
-
-def integer_matmuls(contender: Contender, model: Path, runtime: Any) -> int:
-    """How many matrix products run on integers in the graph that the runtime optimized for this machine."""
-    if contender.openvino:
+def integer_matmuls(contender: Contender, model: Path, runtime: Any) -> int | None:
+    """How many matrix products run on integers in the graph that the engine optimized; None where it does not say."""
+    if contender.engine == "openvino":
         nodes = [node.get_rt_info() for node in runtime.get_runtime_model().get_ops()]
         kinds = [(info["layerType"].value, info["runtimePrecision"].value) for info in nodes]
         return sum(kind in ("FullyConnected", "MatMul") and str(width) in ("i8", "u8") for kind, width in kinds)
+    if contender.engine != "onnxruntime":
+        return None
     from scalefold.compiler.runtime import optimized_graph
 
     return sum(node.op_type in INTEGER_MATMULS for node in optimized_graph(model).graph)
@@ -672,7 +827,7 @@ def integer_matmuls(contender: Contender, model: Path, runtime: Any) -> int:
 
 def embed(contender: Contender, work: Workspace) -> dict[str, Any]:
     """Mean-pooled, normalised embeddings of the evaluation sentences, saved in the order of the feeds."""
-    infer, runtime = load(contender, work.model(contender), 2)
+    infer, runtime = bench_engines.encoder(contender.engine, work.model(contender), 2)
     pooled = []
     for feed in read_feeds(work.evaluation):
         mask = feed["attention_mask"][..., None].astype(np.float32)
@@ -682,66 +837,101 @@ def embed(contender: Contender, work: Workspace) -> dict[str, Any]:
     return {"integer_matmuls": integer_matmuls(contender, work.model(contender), runtime)}
 
 
+def check(contender: Contender, work: Workspace) -> dict[str, Any]:
+    """The mean cosine of an encoder's outputs with float's over the tokens of some samples, and its integer products."""
+    infer, runtime = bench_engines.encoder(contender.engine, work.model(contender), 2)
+    rows = [infer(feed)[0] for feed in read_feeds(work.feeds)[:READ_WINDOWS]]
+    found = integer_matmuls(contender, work.model(contender), runtime)
+    return {"integer_matmuls": found, "cosine": _cosine(contender, work, np.concatenate(rows))}
+
+
+def _cosine(contender: Contender, work: Workspace, rows: Array) -> float:
+    """The mean cosine of rows with float's, which float itself writes."""
+    if contender.build is keep_float:
+        np.save(work.reference, rows)
+    wanted = np.load(work.reference)
+    if rows.shape != wanted.shape:
+        raise StepError(f"its output has shape {list(rows.shape)}, and float's {list(wanted.shape)}")
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(wanted, axis=1)
+    return float(((rows * wanted).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
+
+
 def serve(contender: Contender, work: Workspace, threads: int) -> None:
     """Answer every line `BATCHxLENGTH SECONDS` with the seconds per run over at least that many seconds."""
     start = time.perf_counter()
-    infer, _ = load(contender, work.model(contender), threads)
+    infer, _ = bench_engines.encoder(contender.engine, work.model(contender), threads)
     _say(load_seconds=time.perf_counter() - start)
     names = list(read_feeds(work.feeds)[0])
     for line in sys.stdin:
         shape, least = line.split()
         feed = random_feed(names, *map(int, shape.split("x")))
-        infer(feed)  # brings back what the rest took from caches and memory
-        runs, start = 0, time.perf_counter()
-        while not runs or time.perf_counter() - start < float(least):
-            infer(feed)
-            runs += 1
-        _say(seconds=(time.perf_counter() - start) / runs, peak_mb=_peak_mb())
+        _say(seconds=_repeated(partial(_timed, infer, feed), float(least)), peak_mb=_peak_mb())
 
 
-def judge(contender: Contender, work: Workspace, text: str | None = None, windows: str = "0") -> dict[str, Any]:
-    """The integer products of a decoder, and its perplexity where a text is given."""
-    from scalefold.compiler.evaluate import Request, perplexity
+def _timed(infer: bench_engines.Encode, feed: Feed) -> float:
+    start = time.perf_counter()
+    infer(feed)
+    return time.perf_counter() - start
 
+
+def _repeated(run: Callable[[], float], least: float) -> float:
+    """Mean seconds of runs that take so long together.
+
+    A short first run only brings back what the others' turns took from caches and memory; in a long one that is nothing.
+    """
+    taken = [run()]
+    if taken[0] < least:
+        taken = [run()]
+    while sum(taken) < least:
+        taken.append(run())
+    return sum(taken) / len(taken)
+
+
+def judge(contender: Contender, work: Workspace) -> dict[str, Any]:
+    """The integer products of a decoder, the cosine of its logits with float's, and its perplexity on the windows."""
     model = work.model(contender)
+    opened = bench_engines.decoder(contender.engine, model, 2)
+    ids = read_feeds(work.feeds)[0]["input_ids"][0]
     found: dict[str, Any] = {"integer_matmuls": integer_matmuls(contender, model, None)}
-    if text is not None:
-        found |= perplexity(Request(model, Path(text), window=work.window, windows=int(windows)))
+    found["cosine"] = _cosine(contender, work, opened.logits(ids[:CHECKED]))
+    if work.windows.is_file():
+        windows = np.load(work.windows)
+        nats = sum(_surprise(opened.logits(window), window) for window in windows)
+        found["perplexity"] = float(np.exp(nats / (windows.size - len(windows))))
     return found
 
 
+def _surprise(logits: Array, ids: Array) -> float:
+    """The negative log-likelihood of every token of a window but the first, in nats, summed."""
+    total = 0.0
+    for row, token in zip(logits[:-1].astype(np.float64), ids[1:], strict=True):
+        total += float(row.max() + np.log(np.exp(row - row.max()).sum()) - row[token])
+    return total
+
+
 def decode(contender: Contender, work: Workspace, threads: int) -> None:
-    """Answer every line `PROMPT+NEW SECONDS` with the seconds a run takes, over at least that many seconds.
+    """Answer every line `BATCHxPROMPT+NEW SECONDS` with the seconds a run takes, over at least that many seconds.
 
-    `512+0` runs a prompt of 512 tokens. `16+64` runs one of 16 and then 64 likeliest tokens one by one, and only those are
-    timed. The cache stays where onnxruntime wrote it.
+    `1x512+0` runs a prompt of 512 tokens. `8x16+64` runs eight prompts of 16 and then their 64 likeliest tokens one by one,
+    and only those are timed.
     """
-    from scalefold.compiler.generate import CachedSession
-
     start = time.perf_counter()
-    session = CachedSession(work.model(contender), threads=threads)
+    opened = bench_engines.decoder(contender.engine, work.model(contender), threads)
     _say(load_seconds=time.perf_counter() - start)
     ids = read_feeds(work.feeds)[0]["input_ids"]
     for line in sys.stdin:
         task, least = line.split()
-        prompt, new = map(int, task.split("+"))
-        token_seconds(session, ids[:, :16], 0)  # brings back what the rest took from caches and memory
-        taken: list[float] = []
-        while sum(taken) < float(least):
-            taken.append(token_seconds(session, np.resize(ids, (1, prompt)), new))
-        _say(seconds=sum(taken) / len(taken), peak_mb=_peak_mb())
+        batch, prompt, new = sizes_of(task)
+        opened.seconds(ids[:, :16], 0)  # wakes it up; a turn of a prompt may be one run long
+        run = partial(opened.seconds, np.resize(ids, (batch, prompt)), new)
+        _say(seconds=_repeated(run, float(least)), peak_mb=_peak_mb())
 
 
-def token_seconds(session: CachedSession, prompt: Array, new: int) -> float:
-    """Seconds of a prompt [1,tokens] behind an empty cache, or of the `new` likeliest tokens after it, one by one."""
-    cache = session.hold(session.decoder.empty_cache())
-    start = time.perf_counter()
-    logits, cache = session.step(prompt, None, cache)
-    if new:
-        start = time.perf_counter()
-    for _ in range(new):
-        logits, cache = session.step(logits[:, -1].argmax(axis=1)[:, None], None, cache)
-    return time.perf_counter() - start
+def sizes_of(task: str) -> tuple[int, int, int]:
+    """Sequences, tokens of each prompt, and new tokens of each, from `BATCHxPROMPT+NEW`."""
+    batch, _, rest = task.partition("x")
+    prompt, _, new = rest.partition("+")
+    return int(batch), int(prompt), int(new)
 
 
 def random_feed(names: list[str], batch: int, length: int) -> Feed:
@@ -776,13 +966,14 @@ def main(step: str, name: str, folder: str, *arguments: str) -> None:
             _say(peak_mb=_peak_mb())
         elif step == "embed":
             _say(**embed(contender, work))
-        elif step == "judge":
-            _say(**judge(contender, work, *arguments))
+        elif step in ("check", "judge"):
+            _say(**{"check": check, "judge": judge}[step](contender, work))
         else:
             {"serve": serve, "decode": decode}[step](contender, work, *map(int, arguments))
     except Exception as error:  # whatever a contender raises is the reason shown in its row
         said = " ".join(str(error).split())[:300]
-        _say(failure=said if isinstance(error, StepError) else f"{type(error).__name__}: {said}")
+        plain = isinstance(error, StepError | bench_conversions.ConversionError)
+        _say(failure=said if plain else f"{type(error).__name__}: {said}")
 
 
 if __name__ == "__main__":
