@@ -1,4 +1,4 @@
-"""The command line: compile, verify, inspect, report, sensitivity, diff, eval, generate, tune, recipes."""
+"""The command line: compile, verify, inspect, report, sensitivity, diff, eval, generate, bench, tune, recipes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from scalefold.compiler import artifact, calibrate, evaluate, graph, verify
+from scalefold.compiler import artifact, bench, calibrate, evaluate, graph, verify
+from scalefold.compiler.ceilings import ceilings
+from scalefold.compiler.choice_solver import Quantity
 from scalefold.compiler.diff import diff_files
-from scalefold.compiler.driver import CompileReport, compile_model, open_source, reference_models
+from scalefold.compiler.driver import AUTO, RECIPE, CompileReport, compile_model, open_source, reference_models
 from scalefold.compiler.errors import InterruptError, OutputError, ScalefoldError, SourceError
 from scalefold.compiler.gates import PARITY_TOKENS, Gate, require_gates, run_gates
 from scalefold.compiler.generate import Generator, Sampling
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.mixed_precision import Search, read_goal
 from scalefold.compiler.recipe import Profile, Target, load_recipe, named_recipes
 from scalefold.compiler.report import gather_report
 from scalefold.compiler.report_page import render, write_plots
@@ -42,6 +45,9 @@ app = typer.Typer(
     help="Compile transformers to ONNX graphs that run on onnxruntime's integer CPU kernels, and prove it.",
 )
 errors = Console(stderr=True)
+SMALL_SHARE = 0.005
+"""Of a run's time: what takes less is added up in the table of a profile."""
+AUTO_PANEL = "Options of --recipe auto, which needs one target"
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on stdout and nothing else there.")]
 
 
@@ -51,7 +57,43 @@ def compile_command(
         str, typer.Argument(help="A hub id, a model folder, an .onnx file, or a reference model's name.")
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `scalefold recipes`.")] = "w8a8",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A named recipe or a YAML file, see `scalefold recipes`; or auto, which chooses format, bits and"
+            " granularity of every layer by measurement, for one of the targets."
+        ),
+    ] = "w8a8",
+    target_error: Annotated[
+        str | None,
+        typer.Option(
+            help="The smallest model with at most this error: of a decoder the divergence of its logits in nats, of"
+            " others 1 - cosine of the first output.",
+            metavar="NUMBER",
+            rich_help_panel=AUTO_PANEL,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="The least error in a file of at most this size, such as 20MB.",
+            metavar="SIZE",
+            rich_help_panel=AUTO_PANEL,
+        ),
+    ] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(
+            help="The least error with linear layers that take at most so long, such as 5ms: the mean over --rows, by"
+            " kernels timed on this machine.",
+            metavar="TIME",
+            rich_help_panel=AUTO_PANEL,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The recipe to start from; default: w8a8.", rich_help_panel=AUTO_PANEL),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -86,7 +128,7 @@ def compile_command(
         ),
     ] = None,
     rows: Annotated[
-        list[int] | None, typer.Option(help="Number of rows at which balanced measures; may be repeated.")
+        list[int] | None, typer.Option(help="Number of rows at which balanced and auto time kernels; may be repeated.")
     ] = None,
     max_float_fraction: Annotated[
         float | None,
@@ -102,6 +144,8 @@ def compile_command(
         raise SourceError(
             f"there is no profile {profile!r}", where="--profile", remedy=f"choose {', '.join(get_args(Profile))}"
         )
+    targets: dict[Quantity, str | None] = {"error": target_error, "bytes": target_size, "seconds": target_latency}
+    goal = read_goal(targets) if recipe == AUTO or any(targets.values()) else None
     with _progress(quiet=as_json) as progress:
         report = compile_model(
             source,
@@ -117,6 +161,8 @@ def compile_command(
             max_float_fraction=max_float_fraction,
             profile=cast(Profile | None, profile),
             rows=rows or (),
+            goal=goal,
+            base=base,
             dry_run=dry_run,
             progress=progress,
         )
@@ -217,14 +263,17 @@ def report_command(
         typer.Option(help="The float model, to compare speed and outputs with: a hub id, folder or .onnx file."),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="A folder to write every plot to, as SVG files.")] = None,
+    png: Annotated[bool, typer.Option("--png", help="Write the plots as PNG files too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write what is known of a compiled model to one HTML page: ranges, errors, kernels, time, size, passes."""
+    if png and plots is None:
+        raise OutputError("there is no folder for the plots", where="--png", remedy="give one with --plots")
     with _progress(quiet=as_json) as progress:
         report = gather_report(folder, against, progress)
     try:
         output.write_text(render(report), encoding="utf-8")
-        drawn = [] if plots is None else write_plots(report, plots)
+        drawn = [] if plots is None else write_plots(report, plots, png=png)
     except OSError as error:
         raise OutputError(
             f"it cannot be written ({error.strerror})", where=str(error.filename), remedy="give another place"
@@ -379,6 +428,35 @@ def generate_command(
     )
 
 
+@app.command("bench")
+def bench_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote, or an .onnx file.")],
+    shape: Annotated[list[str] | None, typer.Option(help="BATCHxTOKENS; may be repeated; default: 1x128.")] = None,
+    past: Annotated[int, typer.Option(min=0, help="Positions in a decoder's cache in front of them.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="0 lets onnxruntime choose.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="How often each shape is run.")] = 20,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also: the time of every layer and operator, against this machine's best.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure this machine's ceilings again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a model on random tokens, and say for each layer and operator how much of this machine it reaches."""
+    timed = [
+        bench.latency(folder, bench.parse_shape(text, past), threads=threads, runs=runs) for text in shape or ["1x128"]
+    ]
+    best = ceilings(threads, fresh=fresh) if profile else None
+    profiles = [] if best is None else [bench.profile(folder, entry, best, threads=threads) for entry in timed]
+    if as_json:
+        _print_json(
+            {"latencies": [asdict(entry) for entry in timed], "profiles": [entry.facts() for entry in profiles]}
+        )
+        return
+    _print_latencies(timed)
+    for entry in profiles:
+        _print_profile(entry)
+
+
 @app.command("tune")
 def tune_command(
     folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote.")],
@@ -444,6 +522,7 @@ def recipes(as_json: Json = False) -> None:
     table = Table("recipe", "what it does")
     for recipe in loaded:
         table.add_row(recipe.name, recipe.summary)
+    table.add_row(AUTO, "compile only: format, bits and granularity of every layer by measurement, for a target")
     Console().print(table)
     Console().print(f"reference models: {', '.join(reference_models())}")
 
@@ -562,8 +641,29 @@ def _print_report(report: CompileReport) -> None:
             said = f" ({done.pop()})" if len(entry.rewrites) == 1 else ""
             summary.add_row(entry.name, f"{len(entry.rewrites)} rewrites{said}{declined}")
     console.print(summary)
+    if report.search is not None:
+        _print_search(report.search, report.output / RECIPE)
     for note in report.notes:
         console.print(f"note: {_escape(note)}")
+
+
+def _print_search(found: Search, recipe: Path) -> None:
+    rows = " and ".join(str(number) for number in found.rows)
+    table = Table(
+        "error", "file, MB", f"linear layers, ms (mean over {rows} rows)", Column("layers", overflow="fold"),
+        title=f"what can be had: {found.measure} against size and time",
+    )  # fmt: skip
+    for point in found.front:
+        mark = ", chosen" if point == found.chosen else "" if point.measured else ", estimated"
+        layers = ", ".join(f"{count} x {choice}" for choice, count in point.layers.items())
+        table.add_row(f"{point.error:.3g}{mark}", f"{point.bytes / 1e6:.2f}", f"{1e3 * point.seconds:.3g}", layers)
+    console = Console()
+    console.print(table)
+    if found.held_out_error is not None:
+        console.print(f"error of the compiled model on samples held out: {found.held_out_error:.3g}", highlight=False)
+    console.print(
+        f"the choices are in {recipe}, which compiles again without a search", soft_wrap=True, highlight=False
+    )
 
 
 def _print_kernels(kernels: Sequence[verify.LayerKernel], sqnr: dict[str, float | None]) -> None:
@@ -572,7 +672,7 @@ def _print_kernels(kernels: Sequence[verify.LayerKernel], sqnr: dict[str, float 
     if several:
         table.add_column("range")
     for kernel in kernels:
-        mark = "" if kernel.integer or not kernel.planned else " [red](float)[/]"
+        mark = "" if kernel.integer or not kernel.planned else " [red](missed)[/]"
         value = sqnr.get(kernel.name)
         size = f"{kernel.shape[0]} x {kernel.shape[1]}"
         row = [kernel.name, size, kernel.kernel + mark, "" if value is None else f"{value:.1f}"]
@@ -624,6 +724,43 @@ def _print_sensitivity(found: Sensitivity) -> None:
     for layer in found.layers:
         table.add_row(layer.name, f"{layer.largest:.4g}", f"{layer.spread:.1f}", f"{layer.kurtosis:.1f}")
     console.print(table)
+
+
+def _print_latencies(timed: Sequence[bench.Latency]) -> None:
+    table = Table("batch x tokens", "fastest, ms", "median, ms", "quartiles, ms", "runs", "load, s")
+    for entry in timed:
+        least, low, middle, high = (f"{1000 * value:.2f}" for value in entry.seconds)
+        table.add_row(str(entry.shape), least, middle, f"{low}, {high}", str(entry.runs), f"{entry.load_seconds:.2f}")
+    Console().print(table)
+
+
+def _print_profile(found: bench.Profile) -> None:
+    best = found.ceilings
+    table = Table(
+        Column("linear layers", overflow="fold"), "operator", "nodes", "ms", "share", "achieved", "ceiling", "reached",
+        "bound by", title=f"{found.shape}: where the {1000 * found.seconds:.2f} ms go",
+    )  # fmt: skip
+    small = [line for line in found.lines if line.share < SMALL_SHARE]
+    for line in found.lines:
+        if line in small:
+            continue
+        rates = (f"{line.rate:.3g} {line.unit}", f"{line.ceiling:.3g}", f"{line.reached:.0%}")
+        name = f"{line.layer} {line.size}".strip()
+        table.add_row(
+            name, line.kernel, str(line.nodes), f"{1000 * line.seconds:.3f}", f"{line.share:.1%}", *rates, line.bound
+        )
+    if small:
+        rest = sum(line.seconds for line in small)
+        count = str(sum(line.nodes for line in small))
+        table.add_row("", "others", count, f"{1000 * rest:.3f}", f"{rest / found.seconds:.1%}")
+    table.add_row("between nodes", "", "", f"{1000 * found.between:.3f}", f"{found.between / found.seconds:.1%}")
+    Console().print(table)
+    Console().print(
+        f"this machine's best: {best.integer / 1e9:.0f} integer and {best.floating / 1e9:.0f} float GOPS,"
+        f" {best.memory / 1e9:.1f} GB/s from memory, {best.cache / 1e9:.1f} from cache, {1e6 * best.node:.1f} us a node",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import artifact, calibrate, channel_ranges, graph, verify
 from scalefold.compiler.calibrate import Calibration
+from scalefold.compiler.choice_solver import require_solver
 from scalefold.compiler.decoder import (
     POSITION_KEYS,
     cache_pairs,
@@ -37,6 +38,7 @@ from scalefold.compiler.export import SENTENCE_FILES, export_model
 from scalefold.compiler.gates import Gate, run_gates
 from scalefold.compiler.intake import clean, read_onnx
 from scalefold.compiler.layer_formats import formats_of
+from scalefold.compiler.mixed_precision import Goal, Search, judged, search
 from scalefold.compiler.protocol import (
     Context,
     Contract,
@@ -50,7 +52,7 @@ from scalefold.compiler.protocol import (
     select,
     silent,
 )
-from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe
+from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe, recipe_text
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
 
@@ -62,6 +64,12 @@ COMPARED = 128
 
 SPILLED = 1 << 16
 """Weights larger than this, in bytes, that passes make are kept in a file, not in memory."""
+
+AUTO = "auto"
+"""The recipe that is chosen by measurement."""
+
+RECIPE = "recipe.yaml"
+"""The file of the output folder with the recipe that was chosen."""
 
 TOOLS = ("scalefold", "numpy", "onnx", "onnx-ir", "onnx-graphsurgeon", "onnxruntime", "tokenizers")
 SIDECARS = (
@@ -124,6 +132,7 @@ class CompileReport:
         seconds: time of each stage; not part of the record.
         peak_bytes: peak resident memory of this process; not part of the record.
         export_peak_bytes: the same of the process that exported a Hugging Face model; not part of the record.
+        search: what recipe `auto` found; not part of the record.
     """
 
     output: Path | None
@@ -144,6 +153,7 @@ class CompileReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     export_peak_bytes: int = 0
+    search: Search | None = None
 
     @property
     def integer_layers(self) -> int:
@@ -188,6 +198,8 @@ def compile_model(
     max_float_fraction: float | None = None,
     profile: Profile | None = None,
     rows: Sequence[int] = (),
+    goal: Goal | None = None,
+    base: str | Path | Recipe | None = None,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> CompileReport:
@@ -197,7 +209,7 @@ def compile_model(
         source: a hub id, a folder, a transformers model, an `.onnx` file, the `onnx_ir.Model` that transformers' exporter
             gives, or the name of a reference model.
         output: the folder to write; may be None for a dry run. An earlier result there is replaced whole.
-        recipe: a named recipe, a YAML file, or a `Recipe`.
+        recipe: a named recipe, a YAML file, or a `Recipe`; `auto` chooses formats layer by layer, see `goal`.
         calibration: see `calibrate.calibration_from`; None takes text of the Python installation.
         samples: overrides the recipe's number of samples.
         task: for Hugging Face models; found from the config when None.
@@ -209,13 +221,22 @@ def compile_model(
             in float.
         profile: overrides the recipe's.
         rows: overrides the recipe's, when not empty.
+        goal: the target that recipe `auto` meets by measurement; see `mixed_precision`.
+        base: the recipe that `auto` starts from; `w8a8` when None.
         dry_run: only open the model, and say what would be done.
         progress: opens progress bars.
 
     Raises:
         ScalefoldError: one sentence that says what is wrong, where, and what would help.
     """
-    plan = _with_overrides(load_recipe(recipe), samples, target, include, exclude, profile, rows)
+    named = _base_of(recipe, goal, base, dry_run=dry_run)
+    if goal is not None and max_float_fraction is not None:
+        raise SourceError(
+            "a search leaves no layer in float",
+            where="--max-float-fraction",
+            remedy="exclude the layers, or leave it out",
+        )
+    plan = _with_overrides(load_recipe(named), samples, target, include, exclude, profile, rows)
     if max_float_fraction is not None:
         plan = _with_float_share(plan, max_float_fraction)
     pipeline = _pipeline(plan)
@@ -235,8 +256,11 @@ def compile_model(
         run.calibrate(_own_samples(source) if calibration is None else calibration)
         run.apply(pipeline.transform)
         run.spill(opened.folder if scratch in opened.folder.parents else scratch)
+        if goal is not None:
+            pipeline = run.choose(goal, scratch / "search")
         run.apply(pipeline.quantize)
         run.compare_layers()
+        run.judge()
         run.apply(pipeline.lower)
         return run.write(scratch / "result", place, allow_float)
 
@@ -271,6 +295,7 @@ class _Run:
         self.held_origin = ""
         self.layer_sqnr: dict[str, float] = {}
         self.ranges: list[channel_ranges.Ranges] = []
+        self.search: Search | None = None
 
     def apply(self, passes: Sequence[Pass]) -> None:
         """Run passes in order, each only on a graph that has the facts it requires."""
@@ -337,6 +362,23 @@ class _Run:
                 if value is not None and value.const_value is tensor:
                     value.const_value = outside
 
+    def choose(self, goal: Goal, folder: Path) -> Pipeline:
+        """Search for the recipe that meets a goal, take it for this run's, and give its passes."""
+        folder.mkdir()
+        with self.clock.stage("search"):
+            seen = self.held_out[::2]
+            self.recipe, self.search = search(
+                self.source.model, self.recipe, goal, self.context, seen, _pipeline, folder
+            )
+        shutil.rmtree(folder)
+        _release_memory(self.original, self.tamed)
+        return _pipeline(self.recipe)
+
+    def judge(self) -> None:
+        """Measure what a search has led to, on samples that weights and ranges were not fitted to."""
+        if self.search is not None:
+            self.search = judged(self.search, self.tamed, self.source.model, self.held_out)
+
     def _measure_ranges(self) -> None:
         """Measure how far each channel reaches in the float graph as it is now."""
         names = {layer.name for layer in graph.linear_layers(self.tamed)}
@@ -382,7 +424,9 @@ class _Run:
             for entry in kernels
         )
         report = self._report(place, layers, tuple(outputs), artifact.size_of(stage), load_seconds)
-        report = replace(report, parts=artifact.parts(stage), gates=tuple(gates))
+        report = replace(report, parts=artifact.parts(stage), gates=tuple(gates), search=self.search)
+        if self.search is not None:
+            (stage / RECIPE).write_text(recipe_text(self.recipe), encoding="utf-8")
         artifact.write_json(stage / artifact.RECORD, self._content(report))
         artifact.publish(stage, place)
         return report
@@ -432,7 +476,7 @@ class _Run:
     def _content(self, report: CompileReport) -> dict[str, Any]:
         """The record: everything that is the same in every run with the same inputs."""
         content = asdict(report)
-        for name in ("output", "load_seconds", "seconds", "peak_bytes", "export_peak_bytes"):
+        for name in ("output", "load_seconds", "seconds", "peak_bytes", "export_peak_bytes", "search"):
             del content[name]
         return {"schema_version": 1, **content, "recipe": self.recipe.model_dump(mode="json"), "tools": _versions()}
 
@@ -475,6 +519,34 @@ def _with_overrides(
             raise CalibrationError(f"{samples} samples are too few", where="--samples", remedy="give at least 1")
         changes["calibration"] = recipe.calibration.model_copy(update={"samples": samples})
     return changed(recipe, changes)
+
+
+def _base_of(
+    recipe: str | Path | Recipe, goal: Goal | None, base: str | Path | Recipe | None, *, dry_run: bool
+) -> str | Path | Recipe:
+    """The recipe to read; finds what does not go together with a search."""
+    if recipe != AUTO:
+        if goal is not None or base is not None:
+            what = "a target" if goal is not None else "a base recipe"
+            raise SourceError(
+                f"{what} is for --recipe {AUTO}, which chooses by it", where=f"recipe {recipe}", remedy="leave it out"
+            )
+        return recipe
+    if goal is None:
+        raise SourceError(
+            "there is no target to choose by", where=f"recipe {AUTO}", remedy="give an error, a size or a latency"
+        )
+    if dry_run:
+        raise SourceError(
+            "a search has to run the model, so there is no dry run of it",
+            where=f"recipe {AUTO}",
+            remedy="give an output folder, or dry-run the base recipe",
+        )
+    require_solver()
+    found = load_recipe("w8a8" if base is None else base)
+    if found.activations is None:
+        raise RecipeError(["activations are null, and how they are rounded is part of the choice"], where=found.name)
+    return found
 
 
 def _with_float_share(recipe: Recipe, share: float) -> Recipe:

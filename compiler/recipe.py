@@ -382,6 +382,11 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         raise RecipeError([_fault(dict(entry)) for entry in error.errors()], where=str(path)) from error
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as the text of a file that `load_recipe` reads it back from, every key with its value."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120))
+
+
 def changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
     """A recipe with other values for some of its keys.
 

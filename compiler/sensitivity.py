@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +13,17 @@ import onnx_ir as ir
 from scalefold.compiler import charts, graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.charts import BLUE, GREY, RED, Chart
-from scalefold.compiler.decoder import LOGITS, cache_pairs, divergence, first_tokens, is_decoder
+from scalefold.compiler.decoder import first_tokens
 from scalefold.compiler.driver import COMPARED, open_with_samples
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.graph import Linear
+from scalefold.compiler.output_error import OutputError
 from scalefold.compiler.protocol import Progress, silent
-from scalefold.compiler.runtime import Feed, Session, inputs_of
+from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.schemes import Affine, Float
 
 SAMPLES = 4
 """Samples that single layers are measured on; whole models run on the first two."""
-
-STRIDE = 4
-"""The logits of every n-th token are compared: each is as wide as the vocabulary."""
 
 PROBES = 32
 """Random directions that the error of a product is looked at along; its square is kept in expectation."""
@@ -190,7 +187,7 @@ def measure_sensitivity(
         outliers = _outliers(model, layers, feeds)
         found = _layer_errors(model, layers, outliers, feeds, bits, progress)
         order = sorted(layers, key=lambda layer: min(found[layer.name], key=lambda error: -error.bits).sqnr_db)
-        whole = _Whole(model, feeds[:2])
+        whole = OutputError(model, feeds[:2])
         totals: dict[int, float] = {}
         with progress("whole model", len(bits) * 2 * min(top, len(layers))) as advance:
             for index, width in enumerate(bits):
@@ -199,8 +196,9 @@ def measure_sensitivity(
                     for layer in layers
                 }
                 chosen = [layer.name for layer in order[:top]]
-                alone = whole.errors({name: plan[name] for name in chosen}, chosen, on=True, advance=advance)
-                without = whole.errors(plan, chosen, on=False, advance=advance)
+                only = {name: plan[name] for name in chosen}
+                alone = _whole_errors(model, whole, only, chosen, on=True, advance=advance)
+                without = _whole_errors(model, whole, plan, chosen, on=False, advance=advance)
                 totals[width] = without.pop("")
                 for name in chosen:
                     entry = found[name][index]
@@ -314,52 +312,32 @@ def _decibels(power: float, noise: float) -> float:
     return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(power, 1e-30) / noise)))
 
 
-class _Whole:
-    """Runs a model with some layers quantized, and says how far its results are from the float model's."""
+def _whole_errors(
+    model: ir.Model,
+    wanted: OutputError,
+    quantized: dict[str, _Grids],
+    chosen: Sequence[str],
+    *,
+    on: bool,
+    advance: Callable[[], None],
+) -> dict[str, float]:
+    """The error of the whole model with each chosen layer switched the way that all others are not.
 
-    def __init__(self, model: ir.Model, feeds: Sequence[Feed]) -> None:
-        self._model = model
-        self._feeds = feeds
-        names = [value.name or "" for value in model.graph.outputs]
-        cache = set(cache_pairs(inputs_of(model), names).values())
-        results = [name for name in names if name not in cache]
-        self._decoder = is_decoder(model) and LOGITS in results
-        self._output = LOGITS if self._decoder else results[0]
-        self.measure = "divergence of the logits in nats" if self._decoder else f"1 - cosine of {self._output}"
-        session = Session(model, outputs=[self._output], lean=True)
-        self._wanted = [self._result(session, feed) for feed in feeds]
-
-    def errors(
-        self, quantized: dict[str, _Grids], chosen: Sequence[str], *, on: bool, advance: Any
-    ) -> dict[str, float]:
-        """The error with each chosen layer switched the way that all others are not.
-
-        Args:
-            quantized: the layers that have integers in the graph; those that are not chosen are never float.
-            chosen: the layers to switch.
-            on: True switches one layer to integers and the other chosen ones to float; False the other way round, and
-                then "" is the error with all in integers.
-            advance: called after each.
-        """
-        session = Session(_switched(self._model, quantized, chosen), outputs=[self._output], lean=True)
-        found = {}
-        for name in [*chosen, *([] if on else [""])]:
-            gates = {GATE + other: np.array((other == name) == on) for other in chosen}
-            results = [self._result(session, {**feed, **gates}) for feed in self._feeds]
-            found[name] = self._error(results)
-            advance()
-        return found
-
-    def _result(self, session: Session, feed: Feed) -> Float:
-        rows = rows_of(session.run(feed)[self._output], padding_mask(feed))
-        return rows[::STRIDE].copy() if self._decoder else rows
-
-    def _error(self, results: Sequence[Float]) -> float:
-        wanted, got = np.concatenate(self._wanted), np.concatenate(results)
-        if self._decoder:
-            return divergence(wanted, got)
-        norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
-        return float(1 - np.mean(np.einsum("tc,tc->t", wanted, got) / np.maximum(norms, 1e-30)))
+    Args:
+        model: the float model.
+        wanted: compares results with the float model's.
+        quantized: the layers that have integers in the graph; those that are not chosen are never float.
+        chosen: the layers to switch.
+        on: True switches one layer to integers and the other chosen ones to float; False the other way round, and
+            then "" is the error with all in integers.
+        advance: called after each.
+    """
+    session = Session(_switched(model, quantized, chosen), outputs=[wanted.output], lean=True)
+    found = {}
+    for name in [*chosen, *([] if on else [""])]:
+        found[name] = wanted.mean(session, {GATE + other: np.array((other == name) == on) for other in chosen})
+        advance()
+    return found
 
 
 def _switched(model: ir.Model, quantized: dict[str, _Grids], chosen: Sequence[str]) -> ir.Model:

@@ -15,13 +15,14 @@ from scalefold.compiler import CompileReport
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 OPTIONS = {
     "compile": (
-        "--output", "--recipe", "--calibration", "--samples", "--task", "--target", "--include", "--exclude",
+        "--output", "--recipe", "--target-error", "--target-size", "--target-latency", "--base", "--calibration",
+        "--samples", "--task", "--target", "--include", "--exclude",
         "--allow-float", "--max-float-fraction", "--profile", "--rows", "--dry-run", "--json", "SOURCE",
     ),
     "verify": ("--allow-float", "--gates", "--json", "FOLDER"),
     "inspect": ("--json", "SOURCE"),
     "sensitivity": ("--recipe", "--bits", "--top", "--calibration", "--plot", "--json", "SOURCE"),
-    "report": ("--output", "--against", "--plots", "--json", "FOLDER"),
+    "report": ("--output", "--against", "--plots", "--png", "--json", "FOLDER"),
     "diff": ("--tolerance", "--ignore-metadata", "--quantization", "--json", "FIRST", "SECOND"),
     "eval": (
         "--data", "--metric", "--against", "--window", "--stride", "--windows", "--seed", "--json", "FOLDER",
@@ -29,6 +30,7 @@ OPTIONS = {
     "generate": (
         "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--json", "FOLDER",
     ),
+    "bench": ("--shape", "--past", "--threads", "--runs", "--profile", "--fresh", "--json", "FOLDER"),
     "recipes": ("--json",),
 }  # fmt: skip
 
@@ -142,7 +144,7 @@ def test_verify_fails_when_a_layer_missed_its_kernel_unless_it_is_allowed(tmp_pa
     assert done.returncode == 3
     assert done.stderr.startswith("error layer fc: onnxruntime runs it as Gemm, not as an integer kernel")
     assert "a two-dimensional product with a float bias" in done.stderr
-    assert re.search(r"fc\W+2 x 2\W+Gemm \(float\)", done.stdout)
+    assert re.search(r"fc\W+2 x 2\W+Gemm \(missed\)", done.stdout)
     assert cli("verify", "m.onnx", "--allow-float", "fc").returncode == 0
 
 
@@ -175,6 +177,7 @@ def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     done = cli("recipes")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in shipped)
+    assert re.search(r"^\W*auto\s", done.stdout, re.MULTILINE)
     listed = " ".join(done.stdout.split()).partition("reference models: ")[2].split(", ")
     assert {"minilm", "rxnfp", "rxnmapper", "smollm2", "gpt2-tiny", "gpt2-tiny-outliers"} <= set(listed)
     facts = facts_of(cli("recipes", "--json"))

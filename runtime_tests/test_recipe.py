@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from scalefold import passes
 from scalefold.compiler.errors import RecipeError
 from scalefold.compiler.protocol import Pipeline
-from scalefold.compiler.recipe import Recipe, WeightFormat, load_recipe, named_recipes
+from scalefold.compiler.recipe import Recipe, WeightFormat, load_recipe, named_recipes, recipe_text
 from scalefold.passes import pipeline
 from scalefold.passes.insert_qdq import InsertQdq
 from scalefold.passes.learn_scales import LearnScales
@@ -44,10 +44,29 @@ def test_the_named_recipes_are_those_the_documentation_speaks_of() -> None:
 @pytest.mark.parametrize("name", sorted(named_recipes()))
 def test_a_recipe_written_out_is_read_back_the_same(name: str, folder: Path) -> None:
     recipe = load_recipe(name)
-    path = written(folder, yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert load_recipe(written(folder, yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+    path = written(folder, recipe_text(recipe))
     assert load_recipe(path) == recipe
     assert load_recipe(str(path)) == recipe
     assert load_recipe(recipe) is recipe
+
+
+def test_choices_of_single_layers_come_back_with_their_order(folder: Path) -> None:
+    content = {
+        "weights": {
+            "bits": 4,
+            "group_size": 32,
+            "layers": {"^b$": {"bits": 8, "group_size": None}, "^a\\.0$": {"format": "kmeans", "codebook": "column"}},
+        },
+        "activations": {"per_token": ["^b$", "^a\\.0$"]},
+    }
+    recipe = Recipe.model_validate({"name": "mixed", **content})
+    found = load_recipe(written(folder, recipe_text(recipe)))
+    assert found == recipe
+    assert list(found.weights.layers) == ["^b$", "^a\\.0$"]
+    assert found.weights.of("b") == WeightFormat()
+    assert found.weights.of("a.0") == WeightFormat(format="kmeans", bits=4, codebook="column")
+    assert recipe_text(found) == recipe_text(recipe)
 
 
 def test_what_a_file_leaves_out_has_its_default_and_the_name_is_that_of_the_file(folder: Path) -> None:

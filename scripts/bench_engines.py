@@ -62,8 +62,6 @@ def _onnxruntime_encoder(model: Path, threads: int) -> tuple[Encode, Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # Spinning threads would take time from each other on a machine that is shared.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names, first = {entry.name for entry in session.get_inputs()}, session.get_outputs()[0].name
 
@@ -241,7 +239,7 @@ class GenaiDecoder:
 
         self._api: Any = onnxruntime_genai
         config = onnxruntime_genai.Config(str(model.parent))
-        options = {"intra_op_num_threads": threads, "session.intra_op.allow_spinning": "0"}
+        options = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = onnxruntime_genai.Model(config)
 
