@@ -110,7 +110,7 @@ class CachedSession(Session):
     """
 
     def __init__(self, model: Path, *, threads: int = 0) -> None:
-        super().__init__(model, threads=threads, spin=True)  # a step is hundreds of nodes of microseconds each
+        super().__init__(model, threads=threads, quiet=False)
         self.decoder = decoder_of(self, str(model))
 
     def hold(self, cache: Mapping[str, Array]) -> Cache:
