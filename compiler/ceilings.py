@@ -7,21 +7,20 @@ has nothing left to gain but a better kernel.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
+from scalefold.compiler import machine
 from scalefold.compiler.runtime import Array, Session
 
+KIND = "ceilings"
+"""Of the figures that are kept."""
 TURNS = 12
 SIZES = ((512, 768, 3072), (512, 3072, 768), (512, 2048, 2048))
 """Rows, inner size and columns of the products whose best is a peak."""
@@ -65,19 +64,17 @@ def ceilings(threads: int = 0, *, fresh: bool = False) -> Ceilings:
         threads: intra-op threads; 0 for as many as there are cores.
         fresh: measure again.
     """
-    path, key = _file(), f"{_processor()}, {threads} threads, onnxruntime {onnxruntime.__version__}"
-    kept = _read(path)
-    if key in kept and not fresh:
-        return Ceilings(**kept[key])
+    kept = machine.recall(KIND, threads)
+    if set(kept) == {field.name for field in fields(Ceilings)} and not fresh:
+        return Ceilings(**kept)
     found = measure(threads)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**kept, key: asdict(found)}, indent=2) + "\n", encoding="utf-8")
+    machine.keep(KIND, threads, asdict(found))
     return found
 
 
 def measure(threads: int = 0) -> Ceilings:
     """Measure them now, in some seconds."""
-    count = threads or os.cpu_count() or 1
+    count = threads or machine.cores()
     return Ceilings(
         integer=_peak(INTEGER, np.uint8, threads),
         floating=_peak(FLOAT, np.float32, threads),
@@ -131,29 +128,3 @@ def _fastest(work: Callable[[], object]) -> float:
         work()
         taken.append(time.perf_counter() - start)
     return min(taken)
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """What was measured before; a file that cannot be read counts as none."""
-    try:
-        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return kept
-
-
-def _file() -> Path:
-    return Path(os.environ.get("SCALEFOLD_CACHE") or Path.home() / ".cache" / "scalefold") / "ceilings.json"
-
-
-def _processor() -> str:
-    """The processor's name, and whether it has integer dot products."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.uname().machine
-    facts = dict(
-        reversed([(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)])
-    )
-    vnni = "vnni" in facts.get("flags", "")
-    return f"{facts.get('model name', os.uname().machine)}, {'VNNI' if vnni else 'no VNNI'}, {os.cpu_count()} cores"

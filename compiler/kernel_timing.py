@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
-from scalefold.compiler import graph
+from scalefold.compiler import graph, machine
 from scalefold.compiler.recipe import Granularity
 from scalefold.compiler.runtime import Feed, Session
+
+KIND = "kernels"
+"""Of the figures that are kept."""
 
 TURNS = 15
 BUDGET = 2.0
@@ -63,12 +58,11 @@ def kernel_seconds(products: Iterable[Product]) -> dict[Product, float]:
     """The median time of each product on this machine, from the cache where it is there.
 
     Kernels for one shape that are asked for together are timed in turn with one another, which takes other work on the
-    machine out of the comparison. The cache lies in $XDG_CACHE_HOME/scalefold (or ~/.cache/scalefold), a file for each
-    model of CPU, number of threads and version of onnxruntime.
+    machine out of the comparison.
     """
     wanted = list(dict.fromkeys(products))
-    place = cache_file()
-    known = _read(place)
+    threads = machine.cores()
+    known = machine.recall(KIND, threads)
     missing: dict[tuple[int, int, int], list[Product]] = {}
     for product in wanted:
         missing.setdefault((product.k, product.n, product.rows), []).append(product)
@@ -79,48 +73,8 @@ def kernel_seconds(products: Iterable[Product]) -> dict[Product, float]:
         feed = {"x": np.full((1, shape[2], shape[0]), 0.5, dtype=np.float32)}
         for entry, seconds in zip(entries, _medians(sessions, feed), strict=True):
             known[str(entry)] = seconds / REPEATS
-        _write(place, known)
+        machine.keep(KIND, threads, known)
     return {entry: known[str(entry)] for entry in wanted}
-
-
-def cache_file() -> Path:
-    """Where the times of this machine are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    digest = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return Path(root) / "scalefold" / f"kernels-{digest}.json"
-
-
-def _machine() -> dict[str, str]:
-    """What the times depend on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_model(), "threads": str(cores), "onnxruntime": onnxruntime.__version__}
-
-
-def _cpu_model() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _read(place: Path) -> dict[str, float]:
-    """The times in a cache file; none where there is no such file, or it is damaged."""
-    try:
-        seconds = json.loads(place.read_text(encoding="utf-8"))["seconds"]
-        return {str(name): float(value) for name, value in seconds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write(place: Path, seconds: Mapping[str, float]) -> None:
-    """Replace a cache file whole; where there is no writing, times are measured again next time."""
-    with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        content = {**_machine(), "seconds": dict(seconds)}
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=2, sort_keys=True)
-        Path(file.name).replace(place)
 
 
 def _medians(sessions: Sequence[Session], feed: Feed) -> list[float]:

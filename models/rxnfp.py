@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scalefold.compiler.machine import cache_folder
 from scalefold.models import rxnmapper
-from scalefold.models.wheels import cache_folder, files_of
+from scalefold.models.wheels import files_of
 
 TASK = "sequence-classification"
 METRIC = "classification"

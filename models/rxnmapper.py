@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from scalefold.models.wheels import cache_folder, files_of
+from scalefold.compiler.machine import cache_folder
+from scalefold.models.wheels import files_of
 
 TASK = "masked-lm"
 METRIC = "masked"

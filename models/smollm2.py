@@ -22,7 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from scalefold.compiler.calibrate import default_texts
 from scalefold.compiler.errors import SourceError
-from scalefold.models.wheels import cache_folder, files_of
+from scalefold.compiler.machine import cache_folder
+from scalefold.models.wheels import files_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -28,7 +28,7 @@ import numpy as np
 
 from scalefold.compiler.artifact import publish, staged
 from scalefold.compiler.errors import SourceError
-from scalefold.models.wheels import cache_folder
+from scalefold.compiler.machine import cache_folder
 
 if TYPE_CHECKING:
     from scalefold.compiler.runtime import Array

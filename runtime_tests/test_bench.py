@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from scalefold.compiler import bench, ceilings, cli
+from scalefold.compiler import bench, ceilings, cli, machine
 from scalefold.compiler.bench import Shape, Work, latency, parse_shape, profile, work_of
 from scalefold.compiler.ceilings import Ceilings
 from scalefold.compiler.errors import SourceError
@@ -131,11 +131,12 @@ def test_ceilings_are_measured_once_and_again_when_asked(tmp_path: Path, monkeyp
     first = ceilings.ceilings(1)
     assert all(math.isfinite(value) and value > 0 for value in vars(first).values())
     assert ceilings.ceilings(1) == first
-    kept = json.loads((tmp_path / "ceilings.json").read_text(encoding="utf-8"))
-    (tmp_path / "ceilings.json").write_text(json.dumps({key: {**entry, "node": 5.0} for key, entry in kept.items()}))
+    place = machine.figures_file("ceilings", 1)
+    assert place.parent == tmp_path
+    machine.keep("ceilings", 1, {**vars(first), "node": 5.0})
     assert ceilings.ceilings(1).node == 5.0
     assert ceilings.ceilings(1, fresh=True).node != 5.0
-    (tmp_path / "ceilings.json").write_text("broken")
+    place.write_text("broken")
     assert ceilings.ceilings(1).node > 0
 
 

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from scalefold.compiler import kernel_timing
-from scalefold.compiler.kernel_timing import Kernel, Product, cache_file, kernel_seconds
+from scalefold.compiler import kernel_timing, machine
+from scalefold.compiler.kernel_timing import KIND, Kernel, Product, kernel_seconds
 from scalefold.compiler.runtime import Feed, Session
 
 STATIC, ROWS, BLOCKS = Kernel(), Kernel("per-token"), Kernel(None, 32)
@@ -18,8 +18,12 @@ STATIC, ROWS, BLOCKS = Kernel(), Kernel("per-token"), Kernel(None, 32)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCALEFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def cache_file() -> Path:
+    return machine.figures_file(KIND, machine.cores())
 
 
 @pytest.fixture
@@ -53,13 +57,13 @@ def test_the_cache_is_of_a_cpu_and_a_version_of_onnxruntime(
     product = Product(STATIC, 16, 8, 1)
     kernel_seconds([product])
     content = json.loads(cache_file().read_text(encoding="utf-8"))
-    assert cache_file().parent == cache / "scalefold"
+    assert cache_file().parent == cache
     assert content["onnxruntime"] == onnxruntime.__version__
-    assert content["seconds"] == {"per-tensor 1 x 16 x 8": 0.25}
-    for name in ("_cpu_model", "onnxruntime"):
+    assert content["figures"] == {"per-tensor 1 x 16 x 8": 0.25}
+    for name in ("cpu_model", "onnxruntime"):
         with monkeypatch.context() as patch:
-            if name == "_cpu_model":
-                patch.setattr(kernel_timing, "_cpu_model", lambda: "another")
+            if name == "cpu_model":
+                patch.setattr(machine, "cpu_model", lambda: "another")
             else:
                 patch.setattr(onnxruntime, "__version__", "0.0")
             kernel_seconds([product])
@@ -70,7 +74,7 @@ def test_the_cache_is_of_a_cpu_and_a_version_of_onnxruntime(
 def test_a_damaged_cache_is_measured_anew(measured: list[int]) -> None:
     product = Product(STATIC, 16, 8, 1)
     cache_file().parent.mkdir(parents=True)
-    for text in ("{", "[]", '{"seconds": {"per-tensor 1 x 16 x 8": "soon"}}'):
+    for text in ("{", "[]", '{"figures": {"per-tensor 1 x 16 x 8": "soon"}}'):
         cache_file().write_text(text, encoding="utf-8")
         assert kernel_seconds([product]) == {product: 0.25}
     assert measured == [1, 1, 1]

@@ -601,8 +601,8 @@ def _decoder_source(model: str, folder: Path) -> tuple[Path, list[str]]:
 
 def _gguf_of(model: str) -> dict[str, Path]:
     """The GGUF file that a reference model is read from, if it is read from one."""
+    from scalefold.compiler.machine import cache_folder
     from scalefold.models import smollm2
-    from scalefold.models.wheels import cache_folder
 
     return {"gguf": cache_folder() / smollm2.PACKAGE / smollm2.FILE} if model == "smollm2" else {}
 

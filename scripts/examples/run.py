@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from scalefold.models.wheels import cache_folder
+from scalefold.compiler.machine import cache_folder
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
