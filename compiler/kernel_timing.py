@@ -63,10 +63,10 @@ def kernel_seconds(products: Iterable[Product]) -> dict[Product, float]:
     wanted = list(dict.fromkeys(products))
     threads = machine.cores()
     known = machine.recall(KIND, threads)
-    missing: dict[tuple[int, int, int], list[Product]] = {}
+    by_shape: dict[tuple[int, int, int], list[Product]] = {}
     for product in wanted:
-        missing.setdefault((product.k, product.n, product.rows), []).append(product)
-    for shape, entries in missing.items():
+        by_shape.setdefault((product.k, product.n, product.rows), []).append(product)
+    for shape, entries in by_shape.items():
         if all(str(entry) in known for entry in entries):
             continue
         sessions = [Session(_repeated(entry.kernel, *shape[:2])) for entry in entries]

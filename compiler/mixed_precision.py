@@ -266,8 +266,7 @@ class _Trials:
 
     def meet_error(self, most: float, advance: Callable[[], None]) -> list[int]:
         """The smallest mix whose measured error is surely within the target."""
-        closest = choice_solver.solve(self._items, "error", {})
-        assert closest is not None
+        closest = self._smallest("error")
         low = self._measured(closest, advance)
         if low.surely > most:
             low = self._measured(closest, advance, clipped=True)
@@ -305,7 +304,6 @@ class _Trials:
     def meet_size(self, most: float, advance: Callable[[], None]) -> list[int]:
         """The mix with the least error whose file is within the target."""
         best: list[int] | None = None
-        smallest = self._smallest("bytes")
         for _ in range(TRIALS - 2):
             picked = solve_twice(self._items, *SECOND_WISH["bytes"], {"bytes": most - self._other_bytes()})
             if picked is None or tuple(picked) in self._sizes:
@@ -315,14 +313,14 @@ class _Trials:
             if self._sizes[tuple(picked)] <= most:
                 best = picked
         if best is None:
-            size = self._size(smallest)
+            best = self._smallest("bytes")
+            size = self._size(best)
             if size > most:
                 raise SourceError(
                     f"no mix of the formats offered is smaller than {size / 1e6:.2f} MB",
                     where="--target-size",
                     remedy="give a larger one, or a base recipe with smaller embeddings",
                 )
-            best = smallest
         self._measured(best, advance)
         return best
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scalefold.compiler import choice_solver
-from scalefold.compiler.choice_solver import Option, front, least, solve, solve_twice, total
+from scalefold.compiler.choice_solver import Option, Quantity, front, least, solve, solve_twice, total
 from scalefold.compiler.errors import SourceError
 
 
@@ -36,13 +36,18 @@ def test_nothing_is_better_by_trying_everything(seed: int) -> None:
     answers = every(items)
     budget = float(np.median([total(items, picked, "error") for picked in answers]))
     size = float(np.median([total(items, picked, "bytes") for picked in answers]))
-    for minimise, limited, most in (("bytes", "error", budget), ("error", "bytes", size), ("error", "seconds", 13.0)):
-        found = solve(items, minimise, {limited: most})  # type: ignore[arg-type, dict-item]
+    programs: list[tuple[Quantity, Quantity, float]] = [
+        ("bytes", "error", budget),
+        ("error", "bytes", size),
+        ("error", "seconds", 13.0),
+    ]
+    for minimise, limited, most in programs:
+        found = solve(items, minimise, {limited: most})
         assert found is not None
-        assert total(items, found, limited) <= most  # type: ignore[arg-type]
-        fits = [picked for picked in answers if total(items, picked, limited) <= most]  # type: ignore[arg-type]
-        best = min(total(items, picked, minimise) for picked in fits)  # type: ignore[arg-type]
-        assert total(items, found, minimise) <= best * (1 + 2e-4)  # type: ignore[arg-type]
+        assert total(items, found, limited) <= most
+        fits = [picked for picked in answers if total(items, picked, limited) <= most]
+        best = min(total(items, picked, minimise) for picked in fits)
+        assert total(items, found, minimise) <= best * (1 + 2e-4)
 
 
 def test_two_limits_hold_at_once() -> None:
