@@ -11,6 +11,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.facts import row_range
+from scalefold.compiler.layer_names import parts
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.stats import ChannelRange
@@ -33,7 +34,7 @@ def measure(model: ir.Model, names: Collection[str], feeds: Sequence[Feed]) -> d
     inputs = {
         node.name: value
         for node in graph.nodes(model, *PRODUCTS)
-        if node.name in names and (value := _float_input(node)) is not None and not value.is_graph_input()
+        if node.name in names and (value := float_input(node)) is not None and not value.is_graph_input()
     }
     values = {value.name or "": ChannelRange() for value in inputs.values()}
     if not values:
@@ -50,12 +51,18 @@ def measure(model: ir.Model, names: Collection[str], feeds: Sequence[Feed]) -> d
     return found
 
 
+def paired(before: Ranges, after: Ranges) -> dict[str, tuple[Float, Float]]:
+    """The ranges of values that both graphs have; what a merged layer reads was read by its first part before."""
+    pairs = {name: (before[parts(name)[0]], extremes) for name, extremes in after.items() if parts(name)[0] in before}
+    return {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
+
+
 def write(folder: Path, before: Ranges, after: Ranges) -> None:
     """Save the ranges of values that both graphs have."""
-    both = [name for name in before if name in after and before[name].shape == after[name].shape]
+    pairs = paired(before, after)
     # names go in as an array: numpy makes file names of keys, and layers may have slashes in theirs
-    arrays = {str(index): np.stack([before[name], after[name]]) for index, name in enumerate(both)}
-    np.savez_compressed(folder / FILE, names=np.array(both, dtype=np.str_), **arrays)  # type: ignore[arg-type]
+    arrays = {str(index): np.stack(pair) for index, pair in enumerate(pairs.values())}
+    np.savez_compressed(folder / FILE, names=np.array(list(pairs), dtype=np.str_), **arrays)  # type: ignore[arg-type]
 
 
 def read(folder: Path) -> tuple[dict[str, Float], dict[str, Float]]:
@@ -74,7 +81,7 @@ def spread(extremes: Float) -> float:
     return float(reach.max() / max(float(np.median(reach)), 1e-12))
 
 
-def _float_input(node: ir.Node) -> ir.Value | None:
+def float_input(node: ir.Node) -> ir.Value | None:
     """What a layer reads, before it is quantized."""
     value = node.inputs[0]
     if (dequantize := graph.producer(value, "DequantizeLinear")) is not None:

@@ -533,7 +533,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)
-    except ScalefoldError as error:
+    except (ScalefoldError, InterruptError) as error:
         _fail(error)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -551,7 +551,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise InterruptError("it was interrupted", where="scalefold", remedy="earlier output is whole; run it again")
 
 
-def _fail(error: ScalefoldError) -> None:
+def _fail(error: ScalefoldError | InterruptError) -> None:
     errors.print(f"[bold red]error[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
     sys.exit(error.exit_code)
 

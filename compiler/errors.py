@@ -67,7 +67,10 @@ class OutputError(ScalefoldError):
     """The output folder cannot be written."""
 
 
-class InterruptError(ScalefoldError):
-    """The user stopped the run."""
+class InterruptError(BaseException):
+    """The user stopped the run. As KeyboardInterrupt it is no `Exception`: libraries take those for faults of their own."""
 
     exit_code = 130
+
+    def __init__(self, what: str, *, where: str, remedy: str) -> None:
+        super().__init__(f"{where}: {what}; {remedy}.")

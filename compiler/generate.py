@@ -23,7 +23,7 @@ from tokenizers.decoders import DecodeStream
 
 from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.calibrate import read_tokenizer
-from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
+from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.runtime import Array, Session
 
@@ -112,21 +112,23 @@ class CachedSession(Session):
     def __init__(self, model: Path, *, threads: int = 0) -> None:
         super().__init__(model, threads=threads, quiet=False)
         self.decoder = decoder_of(self, str(model))
+        self._cuts_logits = KEPT in {entry.name for entry in self._session.get_overridable_initializers()}
 
     def hold(self, cache: Mapping[str, Array]) -> Cache:
         """A cache of arrays as onnxruntime's own values."""
         return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in cache.items()}
 
-    def step(self, ids: Array, mask: Array | None, cache: Cache) -> tuple[Array, Cache]:
+    def step(self, ids: Array, mask: Array | None, cache: Cache, *, last: bool = False) -> tuple[Array, Cache]:
         """Run tokens behind a cache.
 
         Args:
             ids: [B,S].
             mask: [B,P+S]; see `Decoder.prompt_feed`.
             cache: P positions, from `hold` or from the step before.
+            last: only the logits of the last token are wanted, which spares a prompt the others; see the pass keep-logits.
 
         Returns:
-            the logits, [B,S,V], and the cache of P + S positions.
+            the logits, [B,S,V], or where `last` is asked for [B,1,V], and the cache of P + S positions.
 
         Raises:
             SourceError: the cache or the mask has a wrong shape, or the tokens are none of the model's.
@@ -135,6 +137,8 @@ class CachedSession(Session):
         binding = self._session.io_binding()
         for name, array in self.decoder.token_feed(ids, mask, length).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        if last and self._cuts_logits:
+            binding.bind_cpu_input(KEPT, np.array([1], dtype=np.int64))
         for name, value in cache.items():
             binding.bind_ortvalue_input(name, value)
         for name in (LOGITS, *self.decoder.outputs.values()):
@@ -148,7 +152,8 @@ class CachedSession(Session):
                 remedy="check that the tokenizer is the model's own",
             ) from error
         logits, *grown = binding.get_outputs()
-        return logits.numpy(), dict(zip(self.decoder.outputs, grown, strict=True))
+        found = logits.numpy()
+        return found[:, -1:] if last else found, dict(zip(self.decoder.outputs, grown, strict=True))
 
 
 @dataclass
@@ -215,7 +220,7 @@ class Generator:
         cache = self.session.hold(self.session.decoder.empty_cache(len(rows)))
         step, marks = seen, [time.perf_counter()]
         while len(marks) <= room and not all(row.stopped for row in rows):
-            logits, cache = self.session.step(step, mask, cache)
+            logits, cache = self.session.step(step, mask, cache, last=True)
             step = choose(seen, logits[:, -1])[:, None]
             self._extend(rows, step[:, 0], show)
             seen = np.concatenate([seen, step], axis=1)

@@ -7,12 +7,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from scalefold.compiler import artifact, choice_solver, graph
+from scalefold.compiler import artifact, choice_solver, graph, layer_names
 from scalefold.compiler.choice_solver import Option, Quantity, least, solve_twice, total
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.facts import Fact
@@ -189,7 +190,7 @@ def mixed_recipe(recipe: Recipe, items: Sequence[Item], picked: Sequence[int], g
     formats, per_token = {}, []
     for item, index in zip(items, picked, strict=True):
         choice = item.choices[index]
-        for name in item.layers:
+        for name in chain.from_iterable(map(layer_names.parts, item.layers)):
             if choice.weights != base:
                 formats[exactly(name)] = _override(base, choice.weights)
             if choice.granularity == "per-token":

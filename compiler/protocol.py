@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from scalefold.compiler.errors import CalibrationError, PatternError
 from scalefold.compiler.facts import Fact
+from scalefold.compiler.layer_names import matches
 from scalefold.compiler.runtime import Array, Feed
 from scalefold.compiler.stats import Statistic
 
@@ -121,7 +122,7 @@ class Pipeline:
 
 
 def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> frozenset[str]:
-    """The names that any of the regular expressions is found in.
+    """The names that any of the regular expressions is found in; a merged layer has those of its parts too.
 
     Args:
         patterns: regular expressions, searched anywhere in a name.
@@ -135,7 +136,7 @@ def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> froze
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            matched = {name for name in names if re.search(pattern, name)}
+            matched = {name for name in names if matches(pattern, name)}
         except re.error as error:
             raise PatternError(
                 f"it is not a regular expression ({error})",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from pydantic_core import PydanticCustomError
 
 from scalefold.compiler.errors import RecipeError
+from scalefold.compiler.layer_names import matches
 
 Target = Literal["onnxruntime-cpu", "qdq"]
 Granularity = Literal["per-tensor", "per-token"]
@@ -162,7 +162,7 @@ class Weights(WeightFormat):
     def of(self, layer: str) -> WeightFormat:
         """The format of one layer: the last pattern that matches its name counts, and no other."""
         for pattern, override in reversed(self.layers.items()):
-            if re.search(pattern, layer):
+            if matches(pattern, layer):
                 return override.apply(self.base)
         return self.base
 

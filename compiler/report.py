@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from scalefold.compiler import artifact, channel_ranges, verify
+from scalefold.compiler import artifact, channel_ranges, layer_names, verify
 from scalefold.compiler.calibrate import calibration_from
 from scalefold.compiler.decoder import cache_pairs, is_decoder, position_limit
 from scalefold.compiler.driver import open_source
@@ -147,8 +147,11 @@ def gather_report(folder: Path, against: str | None = None, progress: Progress =
         with progress("comparing with float", 1) as advance, open_source(against, progress=progress) as source:
             if not before:
                 names = [layer["name"] for layer in record.get("layers", [])]
-                before = channel_ranges.measure(source, names, [feed])
-                after = channel_ranges.measure(model, names, [feed])
+                float_names = [part for name in names for part in layer_names.parts(name)]
+                before = channel_ranges.measure(source, float_names, [feed])
+                pairs = channel_ranges.paired(before, channel_ranges.measure(model, names, [feed]))
+                before = {name: pair[0] for name, pair in pairs.items()}
+                after = {name: pair[1] for name, pair in pairs.items()}
                 origin = f"one sample of {tokens} tokens, in the float model and in the compiled one"
             compared = _compare(against, source, folder / artifact.MODEL, feed)
             advance()

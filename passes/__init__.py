@@ -12,9 +12,12 @@ from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.keep_logits import KeepLogits
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.lower_block_matmul import LowerBlockMatmul
 from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
+from scalefold.passes.merge_expands import MergeExpands
+from scalefold.passes.merge_projections import MergeProjections
 from scalefold.passes.migrate_outliers import MigrateOutliers
 from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.normalize_linear import NormalizeLinear
@@ -49,9 +52,11 @@ LOWER: dict[Target, tuple[Pass, ...]] = {
         RecoverRotary(),
         UnmergeHeads(),
         FuseAttention(),
+        MergeExpands(),
         FoldShift(),
         LowerIntegerMatmul(),
         ShieldLayerNorm(),
+        KeepLogits(),
     ),
     "qdq": (QuantizeBias(),),
 }
@@ -84,7 +89,9 @@ def _transform(recipe: Recipe) -> tuple[Pass, ...]:
             )
         )
     passes += _learning(recipe)
-    return (*passes, *_user_passes(recipe, "before-quantization"))
+    per_token = () if activations is None else activations.per_token
+    merge = MergeProjections(recipe.weights, (*recipe.include, *recipe.exclude, *per_token))
+    return (*passes, *_user_passes(recipe, "before-quantization"), merge)
 
 
 def _learning(recipe: Recipe) -> list[Pass]:

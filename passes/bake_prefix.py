@@ -23,6 +23,14 @@ APART = 128
 """Tokens from the beginning of one piece of a search sample to that of the next."""
 
 
+@dataclass
+class _Trial:
+    """What a token did so far: the largest input of a linear layer behind it, and how far it moved the logits."""
+
+    largest: float = 0.0
+    divergence: float = 0.0
+
+
 @dataclass(frozen=True)
 class BakePrefix:
     """Let every sequence begin behind a fixed token whose keys and values are constants of the graph.
@@ -65,21 +73,24 @@ class BakePrefix:
             for feed in ctx.search
             for start in range(0, max(1, feed["input_ids"].shape[1] - LOOK + 1), APART)
         ]
-        before, wanted = _look(session, decoder, names, prompts, ())
-        tokens = _frequent(prompts, self.candidates)
-        found: dict[int, tuple[float, float]] = {}
-        with ctx.progress("searching a prefix", len(tokens)) as advance:
-            for token in tokens:
-                after, got = _look(session, decoder, names, prompts, (token,))
-                found[token] = (after, float(np.mean([divergence(*pair) for pair in zip(wanted, got, strict=True)])))
+        before = max((_look(session, decoder, names, ids, ())[0] for ids in prompts), default=0.0)
+        enough = before / self.reduction
+        trials = {token: _Trial() for token in _frequent(prompts, self.candidates)}
+        with ctx.progress("searching a prefix", len(prompts)) as advance:
+            for ids in prompts:
+                _, wanted = _look(session, decoder, names, ids, ())
+                for token in [token for token, trial in trials.items() if trial.largest <= enough]:
+                    largest, got = _look(session, decoder, names, ids, (token,))
+                    trials[token].largest = max(trials[token].largest, largest)
+                    trials[token].divergence += divergence(wanted, got) / len(prompts)
                 advance()
-        enough = {token: entry for token, entry in found.items() if entry[0] * self.reduction <= before}
-        if not enough:
-            least = min((entry[0] for entry in found.values()), default=before)
-            return PassResult((), (Event(anchor, "no prefix is called for", {"largest": before, "least": least}),))
-        token = min(enough, key=lambda token: enough[token][1])
+        found = {token: trial for token, trial in trials.items() if trial.largest <= enough}
+        if not found:
+            figures = {"largest": before, "enough": enough}
+            return PassResult((), (Event(anchor, "no prefix is called for", figures),))
+        token, trial = min(found.items(), key=lambda item: item[1].divergence)
         bake(model, (token,))
-        figures = {"largest_before": before, "largest_after": enough[token][0], "divergence": enough[token][1]}
+        figures = {"largest_before": before, "largest_after": trial.largest, "divergence": trial.divergence}
         return PassResult((Event(anchor, f"token {token} in front of every sequence", figures),))
 
 
@@ -178,13 +189,10 @@ def _frequent(prompts: Sequence[Array], count: int) -> list[int]:
 
 
 def _look(
-    session: Session, decoder: Decoder, names: Sequence[str], prompts: Sequence[Array], prefix: Sequence[int]
-) -> tuple[float, list[Float]]:
-    """The largest magnitude of the named values, and the logits of each prompt, both behind the prefix."""
-    largest, logits = 0.0, []
-    for ids in prompts:
-        feed: Feed = decoder.prompt_feed(np.concatenate([np.array([prefix], dtype=ids.dtype), ids], axis=1))
-        found: Mapping[str, Array] = session.run(feed)
-        largest = max(largest, *(float(np.abs(found[name][:, len(prefix) :]).max()) for name in names))
-        logits.append(np.asarray(found[LOGITS][0, len(prefix) :], dtype=np.float32))
-    return largest, logits
+    session: Session, decoder: Decoder, names: Sequence[str], ids: Array, prefix: Sequence[int]
+) -> tuple[float, Float]:
+    """The largest magnitude of the named values, and the logits of one prompt, both behind the prefix."""
+    feed: Feed = decoder.prompt_feed(np.concatenate([np.array([prefix], dtype=ids.dtype), ids], axis=1))
+    found: Mapping[str, Array] = session.run(feed)
+    largest = max(float(np.abs(found[name][:, len(prefix) :]).max()) for name in names)
+    return largest, np.asarray(found[LOGITS][0, len(prefix) :], dtype=np.float32)

@@ -11,12 +11,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from scalefold.compiler import CompileReport, compile_model
@@ -29,6 +31,18 @@ from scalefold.passes import NORMALIZE
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = 200
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all the processes that the tests are spread over."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +105,7 @@ def source_folder(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def float_model(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float export of the tiny BERT: `model.onnx`, with its data, tokenizer and config beside it."""
-    folder = tmp_path_factory.mktemp("float")
-    export_model(str(source_folder), folder)
+    folder = made_once(tmp_path_factory, "float", lambda folder: export_model(str(source_folder), folder))
     return folder / "model.onnx"
 
 
@@ -216,8 +229,7 @@ def decoder_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 0.0
             parameter.data += spread * torch.randn_like(parameter) if "embed" not in name else 0.0
-        folders[family] = tmp_path_factory.mktemp(family)
-        export_model(model, folders[family])
+        folders[family] = made_once(tmp_path_factory, family, partial(export_model, model))
     return folders
 
 

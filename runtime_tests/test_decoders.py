@@ -55,7 +55,7 @@ def test_every_layer_with_the_head_is_integer(
     report = reports[family, "w8a8", target]
     assert all(layer.integer for layer in report.layers)
     assert "lm_head" in {layer.name for layer in report.layers}
-    assert len(report.layers) == {"gpt2": 9, "opt": 13, "bloom": 9, "llama": 15}[family]
+    assert len(report.layers) == 9  # four a block: q, k, v are one product, and so are gate and up
 
 
 @pytest.mark.parametrize("family", FAMILIES)

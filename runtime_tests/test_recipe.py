@@ -242,6 +242,6 @@ def test_learning_needs_static_ranges() -> None:
 
 def test_learning_is_a_pass_behind_migration() -> None:
     recipe = Recipe.model_validate({"learning": {"steps": 3}, "migration": {}, "exclude": ["head"]})
-    migrate, learn = pipeline(recipe).transform
-    assert (migrate.name, learn.name) == ("migrate-outliers", "learn-scales")
+    migrate, learn, merge = pipeline(recipe).transform
+    assert (migrate.name, learn.name, merge.name) == ("migrate-outliers", "learn-scales", "merge-projections")
     assert isinstance(learn, LearnScales) and (learn.steps, learn.exclude) == (3, ("head",))

@@ -117,11 +117,11 @@ class OnnxruntimeDecoder:
         """See `Decoder`."""
         cache = self._session.hold(self._session.decoder.empty_cache(len(prompt)))
         start = time.perf_counter()
-        logits, cache = self._session.step(prompt, None, cache)
+        logits, cache = self._session.step(prompt, None, cache, last=True)
         if new:
             start = time.perf_counter()
         for _ in range(new):
-            logits, cache = self._session.step(logits[:, -1].argmax(axis=1)[:, None], None, cache)
+            logits, cache = self._session.step(logits[:, -1].argmax(axis=1)[:, None], None, cache, last=True)
         return time.perf_counter() - start
 
     def logits(self, ids: Array) -> Array:

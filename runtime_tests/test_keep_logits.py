@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of
+from scalefold.compiler.protocol import Context
+from scalefold.compiler.runtime import Session
+from scalefold.compiler.testing import check_pass
+from scalefold.passes.keep_logits import KeepLogits
+
+HEAD = """<ir_version: 10, opset_import: ["" : 20]>
+model (float[b, s, 2] h, float[b, 1, p, 2] "past_key_values.0.key")
+    => (float[b, n, 3] logits, float[b, 1, p, 2] "present.0.key")
+<float[2, 3] w = {1.0, 2.0, 5.0, 3.0, 4.0, 6.0}, float[2, 2] u = {1.0, 2.0, 3.0, 4.0}, float[3] c = {0.5, 1.0, 2.0},
+ int64[1] end = {9223372036854775807}, int64[1] axis = {1} KEPT>
+{ "present.0.key" = Identity("past_key_values.0.key")  i = MatMul(h, u)  x = Tanh(i)
+"""
+BEFORE = HEAD.replace("KEPT", "")
+OPTIONAL = '"past_key_values.0.key", int64[1] logits_to_keep)'
+AFTER = HEAD.replace("KEPT", ", int64[1] logits_to_keep = {9223372036854775807}").replace(
+    '"past_key_values.0.key")', OPTIONAL, 1
+)
+
+
+def test_the_output_layer_reads_the_last_tokens() -> None:
+    result = check_pass(
+        KeepLogits(),
+        before=BEFORE + "y = MatMul(x, w)  logits = Add(y, c) }",
+        after=AFTER + "z = Neg(logits_to_keep)  r = Slice(x, z, end, axis)  y = MatMul(r, w)  logits = Add(y, c) }",
+    )
+    assert [event.reason for event in result.rewrites] == ["logits_to_keep of its rows"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            BEFORE.replace("=> (", "=> (float[b, s, 2] t, ") + "y = MatMul(x, w)  logits = Add(y, c)  t = Exp(x) }",
+            "what it reads makes other outputs too",
+        ),
+        (
+            BEFORE.replace("i = MatMul(h, u)", "i = Exp(h)") + "y = Concat<axis = 2>(x, x, x, x) logits = Relu(y) }",
+            "no product makes the logits of [B,S,H]",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_left(body: str, reason: str) -> None:
+    result = check_pass(KeepLogits(), before=body)
+    assert not result.changed and [event.reason for event in result.declined] == [reason]
+
+
+def test_a_model_without_a_cache_is_left_alone() -> None:
+    body = BEFORE.replace("past_key_values.0.key", "before").replace("present.0.key", "after")
+    result = check_pass(KeepLogits(), before=body + "y = MatMul(x, w)  logits = Add(y, c) }")
+    assert not result.changed and not result.declined
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[str, ir.Model], family: str) -> None:
+    model = decoder_models[family].clone()
+    feed = decoder_of(model).prompt_feed(np.arange(10).reshape(2, 5) + 7)
+    wanted = Session(model).run(feed)
+    assert KeepLogits().run(model, Context()).changed
+    session = Session(model)
+    assert all(np.array_equal(wanted[name], found) for name, found in session.run(feed).items())
+    raw: onnxruntime.InferenceSession = session._session
+    assert KEPT not in {entry.name for entry in raw.get_inputs()}
+    for count in (1, 3, 9):
+        logits = raw.run([LOGITS], {**feed, KEPT: np.array([count])})[0]
+        assert np.array_equal(logits, wanted[LOGITS][:, -count:])
