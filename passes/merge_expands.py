@@ -19,7 +19,7 @@ from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 class MergeExpands:
     """Expand the keys and values that bake-prefix puts before every sequence together, and split them.
 
-    before:  p_i = Expand(c_i, [B, 1, 1, 1])                 c_i [1, H_i, n, D], constants
+    before:  p_i = Expand(c_i, [B, 1, 1, 1])                 c_i [1, H, n, D], constants
     after:   p_1, p_2, ... = Split(Expand([c_1 c_2 ...], [B, 1, 1, 1]), axis = 1)
 
     There are two for each layer, each so small that its node costs more than what it does. Figures: docs/decisions/0015.
@@ -36,8 +36,7 @@ class MergeExpands:
         for node in graph.nodes(model, "Expand"):
             constant, sizes = node.inputs
             if constant is not None and _is_prefix(constant) and _expands_the_batch(constant, sizes):
-                _, _, length, size = graph.whole_shape(constant)
-                groups.setdefault((sizes, constant.dtype, length, size), []).append(node)
+                groups.setdefault((sizes, constant.dtype, graph.whole_shape(constant)), []).append(node)
         merged = [(_merge(model, group), group) for group in groups.values() if len(group) > 1]
         if merged:
             graph.sweep(model)
@@ -62,12 +61,14 @@ def _merge(model: ir.Model, group: Sequence[ir.Node]) -> ir.Node:
     first = group[0]
     arrays = [array for node in group if (array := graph.constant(node.inputs[0])) is not None]
     together = graph.add_initializer(model, f"past{PREFIX}", np.concatenate(arrays, axis=1))
-    heads = np.array([array.shape[1] for array in arrays], dtype=np.int64)
     expand = ir.node("Expand", [together, first.inputs[1]], name="past.prefix_of_all")
     expand.outputs[0].type = first.outputs[0].type
-    lengths = graph.add_initializer(model, "past.heads", heads)
     split = ir.node(
-        "Split", [expand.outputs[0], lengths], {"axis": 1}, num_outputs=len(group), name="past.prefix_by_layer"
+        "Split",
+        [expand.outputs[0]],
+        {"axis": 1, "num_outputs": len(group)},
+        num_outputs=len(group),
+        name="past.prefix_by_layer",
     )
     graph.insert_before(first, [expand, split])
     for node, piece in zip(group, split.outputs, strict=True):

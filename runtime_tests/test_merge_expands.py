@@ -12,13 +12,13 @@ from scalefold.passes.bake_prefix import bake
 from scalefold.passes.merge_expands import MergeExpands
 
 BODY = """<ir_version: 10, opset_import: ["" : 20]>
-model (float[b, 2, p, 2] k, float[b, 1, p, 2] v) => (float[b, 2, t, 2] keys, float[b, 1, t, 2] values)
-<float[1, 2, 1, 2] "k.prefix" = {1.0, 2.0, 3.0, 4.0}, float[1, 1, 1, 2] "v.prefix" = {5.0, 6.0}, int64[3] ones = {1, 1, ONE},
- int64[2] heads = {2, 1}, float[1, 3, 1, 2] "past.prefix" = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}>
+model (float[b, 1, p, 2] k, float[b, 1, p, 2] v) => (float[b, 1, t, 2] keys, float[b, 1, t, 2] values)
+<float[1, 1, 1, 2] "k.prefix" = {1.0, 2.0}, float[1, 1, 1, 2] "v.prefix" = {5.0, 6.0}, int64[3] ones = {1, 1, ONE},
+ float[1, 2, 1, 2] "past.prefix" = {1.0, 2.0, 5.0, 6.0}>
 { batch = Shape<start = 0, end = 1>(k)  sizes = Concat<axis = 0>(batch, ones)
 """
 EXPANDS = 'pk = Expand("k.prefix", sizes)  pv = Expand("v.prefix", sizes)'
-FEEDS = [{"k": np.ones((3, 2, 4, 2), np.float32), "v": np.zeros((3, 1, 4, 2), np.float32)}]
+FEEDS = [{"k": np.ones((3, 1, 4, 2), np.float32), "v": np.zeros((3, 1, 4, 2), np.float32)}]
 JOINED = " keys = Concat<axis = 2>(pk, k)  values = Concat<axis = 2>(pv, v) }"
 
 
@@ -27,7 +27,7 @@ def test_two_layers_share_one_expand() -> None:
     result = check_pass(
         MergeExpands(),
         before=body + EXPANDS + JOINED,
-        after=body + 'all = Expand("past.prefix", sizes)  pk, pv = Split<axis = 1>(all, heads)' + JOINED,
+        after=body + 'all = Expand("past.prefix", sizes)  pk, pv = Split<axis = 1, num_outputs = 2>(all)' + JOINED,
         feeds=FEEDS,
     )
     assert [event.reason for event in result.rewrites] == ["2 constants expanded at once"]
