@@ -385,6 +385,7 @@ class _Run:
         feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
         with self.clock.stage("channel ranges"):
             self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
+        _release_memory(self.original, self.tamed)
 
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
@@ -394,6 +395,7 @@ class _Run:
                 self.tamed, self.source.model, [first_tokens(feed, COMPARED) for feed in self.held_out]
             )
             advance()
+        _release_memory(self.original, self.tamed)
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
         """Save the model, verify the saved file, add the record, and put the folder in its place."""

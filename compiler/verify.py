@@ -25,6 +25,9 @@ from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
 INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
 )
+ROWS = 64
+"""Rows of outputs that are compared at once."""
+
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
 Activation = Literal["per-tensor", "per-token", "float"]
 EFFECTS: dict[Effect, str] = {
@@ -284,14 +287,16 @@ class _Sums:
         self._cosines: list[Array] = []
         self._largest = self._noise = self._signal = 0.0
 
-    def add(self, wanted: Array, got: Array) -> None:
-        """Take in rows [tokens, channels]."""
-        norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
-        self._cosines.append(np.einsum("tc,tc->t", wanted, got) / np.maximum(norms, 1e-30))
-        difference = wanted - got
-        self._largest = max(self._largest, float(np.abs(difference).max(initial=0)))
-        self._noise += float(np.einsum("tc,tc->t", difference, difference).sum(dtype=np.float64))
-        self._signal += float(np.einsum("tc,tc->t", wanted, wanted).sum(dtype=np.float64))
+    def add(self, all_wanted: Array, all_got: Array) -> None:
+        """Take in rows [tokens, channels], a few at a time: logits are as wide as a vocabulary."""
+        for start in range(0, max(len(all_wanted), 1), ROWS):
+            wanted, got = all_wanted[start : start + ROWS], all_got[start : start + ROWS]
+            norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
+            self._cosines.append(np.einsum("tc,tc->t", wanted, got) / np.maximum(norms, 1e-30))
+            difference = wanted - got
+            self._largest = max(self._largest, float(np.abs(difference).max(initial=0)))
+            self._noise += float(np.einsum("tc,tc->t", difference, difference).sum(dtype=np.float64))
+            self._signal += float(np.einsum("tc,tc->t", wanted, wanted).sum(dtype=np.float64))
 
     def fidelity(self, name: str) -> Fidelity:
         """The figures over all rows."""

@@ -147,7 +147,8 @@ class MigrateOutliers:
                         declined.append(uses)
                     elif uses and (event := self._migrate(model, walk, uses, masks)) is not None:
                         rewrites.append(event)
-                self._quantize(walk, site, masks)
+                if site is not sites[-1]:  # nothing is searched behind the last, often as wide as a vocabulary
+                    self._quantize(walk, site, masks)
                 advance()
         return PassResult(tuple(rewrites), tuple(declined))
 
