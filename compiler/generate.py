@@ -1,6 +1,6 @@
 """Text from a compiled decoder: greedy, or sampled by transformers' own logits processors.
 
-The cache stays where onnxruntime wrote it: the outputs of one step are bound as the inputs of the next, and only logits
+The cache stays where onnxruntime wrote it: the outputs of one step are the inputs of the next as they are, and only logits
 come back as numbers.
 
     prompt, empty cache -> logits, cache [B,H,S,D] -> token, cache -> logits, cache [B,H,S+1,D] -> ...
@@ -25,7 +25,7 @@ from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.calibrate import read_tokenizer
 from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import SourceError
-from scalefold.compiler.runtime import Array, Session
+from scalefold.compiler.runtime import Array, Session, is_from_onnxruntime
 
 Cache = Mapping[str, onnxruntime.OrtValue]
 Choose = Callable[[Array, Array], Array]
@@ -114,9 +114,10 @@ class CachedSession(Session):
         self.decoder = decoder_of(self, str(model))
         self._cuts_logits = KEPT in {entry.name for entry in self._session.get_overridable_initializers()}
 
-    def hold(self, cache: Mapping[str, Array]) -> Cache:
-        """A cache of arrays as onnxruntime's own values."""
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in cache.items()}
+    def hold(self, arrays: Mapping[str, Array]) -> dict[str, onnxruntime.OrtValue]:
+        """Arrays, such as those of a cache, as onnxruntime's own values."""
+        own = onnxruntime.OrtValue.ortvalue_from_numpy
+        return {name: own(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def step(self, ids: Array, mask: Array | None, cache: Cache, *, last: bool = False) -> tuple[Array, Cache]:
         """Run tokens behind a cache.
@@ -134,24 +135,19 @@ class CachedSession(Session):
             SourceError: the cache or the mask has a wrong shape, or the tokens are none of the model's.
         """
         length = self.decoder.check_cache({name: tuple(value.shape()) for name, value in cache.items()}, len(ids))
-        binding = self._session.io_binding()
-        for name, array in self.decoder.token_feed(ids, mask, length).items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        feed = self.hold(self.decoder.token_feed(ids, mask, length)) | dict(cache)
         if last and self._cuts_logits:
-            binding.bind_cpu_input(KEPT, np.array([1], dtype=np.int64))
-        for name, value in cache.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in (LOGITS, *self.decoder.outputs.values()):
-            binding.bind_output(name)
+            feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
         try:
-            self._session.run_with_iobinding(binding)
-        except RuntimeError as error:
+            logits, *grown = self._session.run_with_ort_values([LOGITS, *self.decoder.outputs.values()], feed)
+        except Exception as error:
+            if not is_from_onnxruntime(error):
+                raise
             raise SourceError(
                 f"onnxruntime cannot run these tokens ({' '.join(str(error).split())[:300].rstrip('. ')})",
                 where="the decoder",
                 remedy="check that the tokenizer is the model's own",
             ) from error
-        logits, *grown = binding.get_outputs()
         found = logits.numpy()
         return found[:, -1:] if last else found, dict(zip(self.decoder.outputs, grown, strict=True))
 

@@ -62,8 +62,8 @@ class Session:
                     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                     options.add_external_initializers(list(arrays), values)
                 self._session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises one private class per status code
-            if not _is_from_onnxruntime(error):
+        except Exception as error:
+            if not is_from_onnxruntime(error):
                 raise
             raise _cannot_load(source if isinstance(source, Path) else "the graph", error) from error
         self.inputs: dict[str, str] = {entry.name: entry.type for entry in self._session.get_inputs()}
@@ -77,7 +77,7 @@ class Session:
         try:
             return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
         except Exception as error:
-            if not _is_from_onnxruntime(error):
+            if not is_from_onnxruntime(error):
                 raise
             raise CalibrationError(
                 f"onnxruntime cannot run the model on it ({_first_line(error)})",
@@ -159,7 +159,7 @@ def optimized_graph(path: Path) -> ir.Model:
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            if not _is_from_onnxruntime(error):
+            if not is_from_onnxruntime(error):
                 raise
             raise _cannot_load(path, error) from error
         # Weights are not read: only the structure matters here, and the folder goes away.
@@ -184,7 +184,8 @@ def unsupported_ops(model: ir.Model) -> list[str]:
     )
 
 
-def _is_from_onnxruntime(error: Exception) -> bool:
+def is_from_onnxruntime(error: Exception) -> bool:
+    """Whether onnxruntime raised it: each of its status codes has a private class, and those have no common one."""
     return type(error).__module__.startswith("onnxruntime")
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from scalefold.compiler import artifact
 from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of
+from scalefold.compiler.generate import CachedSession
 from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Session
 from scalefold.compiler.testing import check_pass
@@ -71,3 +75,15 @@ def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[st
     for count in (1, 3, 9):
         logits = raw.run([LOGITS], {**feed, KEPT: np.array([count])})[0]
         assert np.array_equal(logits, wanted[LOGITS][:, -count:])
+
+
+def test_generation_asks_for_the_last_logits_alone(decoder_models: dict[str, ir.Model], tmp_path: Path) -> None:
+    model = decoder_models["llama"].clone()
+    KeepLogits().run(model, Context())
+    artifact.save_model(model, tmp_path)
+    session = CachedSession(tmp_path / artifact.MODEL)
+    ids, cache = np.arange(10).reshape(2, 5) + 7, session.hold(session.decoder.empty_cache(2))
+    every, _ = session.step(ids, None, cache)
+    last, grown = session.step(ids, None, cache, last=True)
+    assert last.shape == (2, 1, 200) and np.array_equal(last, every[:, -1:])
+    assert {value.shape()[2] for value in grown.values()} == {5}
