@@ -114,7 +114,7 @@ class CachedSession(Session):
         self.decoder = decoder_of(self, str(model))
         self._cuts_logits = KEPT in {entry.name for entry in self._session.get_overridable_initializers()}
 
-    def hold(self, arrays: Mapping[str, Array]) -> dict[str, onnxruntime.OrtValue]:
+    def hold(self, arrays: Mapping[str, Array]) -> Cache:
         """Arrays, such as those of a cache, as onnxruntime's own values."""
         own = onnxruntime.OrtValue.ortvalue_from_numpy
         return {name: own(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -135,7 +135,7 @@ class CachedSession(Session):
             SourceError: the cache or the mask has a wrong shape, or the tokens are none of the model's.
         """
         length = self.decoder.check_cache({name: tuple(value.shape()) for name, value in cache.items()}, len(ids))
-        feed = self.hold(self.decoder.token_feed(ids, mask, length)) | dict(cache)
+        feed = {**self.hold(self.decoder.token_feed(ids, mask, length)), **cache}
         if last and self._cuts_logits:
             feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
         try:

@@ -228,6 +228,7 @@ class Learning(_Section):
     objective: Literal["task", "float"] = Field(
         "task", description="end to end: the next token (decoders), or the float model's outputs"
     )
+    ranges: bool = Field(False, description="end to end: learn the static range of every activation too")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the search samples that only judge")
     patience: int = Field(3, ge=1, description="judgements, of eight, without a better loss before learning stops")
     seed: int = Field(0, ge=0, description="of the order of samples")
@@ -237,6 +238,13 @@ class Learning(_Section):
     value: bool = Field(False, description="learn from the values of attention to its output layer")
     relu: bool = Field(False, description="learn through a Relu, from one linear layer to the next")
     gate: bool = Field(False, description="learn through a gated unit, from its up layer to its down layer")
+
+    @model_validator(mode="after")
+    def _ranges_have_steps(self) -> Self:
+        if self.ranges and not self.end_to_end_steps:
+            message = "ranges are learned end to end: with end_to_end_steps: 0 there would be none; give it steps"
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
+        return self
 
 
 class Prefix(_Section):
@@ -335,6 +343,8 @@ class Recipe(_Section):
         per_token = self.activations is not None and self.activations.granularity == "per-token"
         if self.learning is not None and per_token:
             message = "learning: scales are learned for static ranges; use migration with granularity per-token"
+            if self.learning.ranges:
+                message = "learning.ranges: granularity per-token has no static ranges to learn; use per-tensor"
             raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
         return self
 

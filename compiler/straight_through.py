@@ -7,6 +7,7 @@ torch is an optional package: import this module only where something is to be l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,7 @@ def _round_trip(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     return cast(Tensor, _RoundTrip.apply(x, scale, low, high))  # type: ignore[no-untyped-call]
 
 
-def fake_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def fake_activation(x: Tensor, low: Tensor, high: Tensor, bits: int, *, free: bool = False) -> Tensor:
     """`x` as the quantized graph sees it: `schemes.activation_grid(low, high).round_trip(x)`, with gradients.
 
     Args:
@@ -58,12 +59,22 @@ def fake_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         low: smallest value to represent, one number.
         high: largest value to represent, one number.
         bits: 2 to 8.
+        free: let gradients pass through the rounding of the zero point as well. Each end then has the gradient of what
+            lies beyond it alone; otherwise the two have one, that of the scale, which keeps their ratio.
     """
     codes = (1 << bits) - 1
     low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
     scale = torch.clamp((high - low) / codes, min=SMALLEST_SCALE)
-    zero = min(max(round(float(-low.detach() / scale.detach())), 0), codes)
-    return _round_trip(x, scale, -float(zero), float(codes - zero))
+    unrounded = float(-low.detach() / scale.detach())
+    # a range that has grown without bounds makes a loss of the same kind, which training knows
+    zero = min(max(round(unrounded), 0), codes) if math.isfinite(unrounded) else 0
+    bounds = -float(zero), float(codes - zero)
+    if not free:
+        return _round_trip(x, scale, *bounds)
+    # 0 forward. Backward, what is beyond the clamp moves with the zero point, and what is within does not.
+    exact = -low / scale
+    drift = (exact - exact.detach()) * scale.detach()
+    return _round_trip(x + drift, scale, *bounds) - drift
 
 
 def fake_weight(weight: Tensor, bits: int, activation_bits: int) -> Tensor:
@@ -93,7 +104,9 @@ def _column_scales(weight: Tensor, largest: int, limit: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Observed:
-    """An activation that quantized linear layers read, while its channels' scales are learned.
+    """An activation that quantized linear layers read, while its channels' scales or the ends of its range are learned.
+
+    Its range is [exp(speed rho_0) min(a low), exp(speed rho_1) max(a high)]: with rho = 0 that of min-max.
 
     Attributes:
         readers: the MatMul nodes.
@@ -101,6 +114,8 @@ class Observed:
         high: largest value of each channel [C].
         theta: logarithms of the scales, one for each column that makes a channel; None where nothing is scaled.
         columns: for each channel the entry of theta [C]; None when they are one to one.
+        rho: what moves the two ends of the range [2]; None leaves them to min-max.
+        speed: how much faster the logarithm of an end learns than other parameters: their sizes differ so.
     """
 
     readers: tuple[ir.Node, ...]
@@ -108,12 +123,25 @@ class Observed:
     high: Tensor | None = None
     theta: Tensor | None = None
     columns: Tensor | None = None
+    rho: Tensor | None = None
+    speed: float = 1.0
 
     def scale(self) -> Tensor | None:
         """The scale a of each channel [C]."""
         if self.theta is None:
             return None
         return torch.exp(self.theta if self.columns is None else self.theta[self.columns])
+
+    def ends(self, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The static range of a x, one number each, for a channel range that is known."""
+        low, high = self.low, self.high
+        assert low is not None and high is not None
+        if scale is not None:
+            low, high = low * scale, high * scale
+        if self.rho is None:
+            return low.amin(), high.amax()
+        factors = torch.exp(self.speed * self.rho)
+        return low.amin() * factors[0], high.amax() * factors[1]
 
 
 def operands(observed: Sequence[Observed], weight_bits: int, activation_bits: int) -> dict[ir.Node, Operands]:
@@ -133,11 +161,7 @@ def _see(
     x, weight = read
     if not rounded:
         scaled = x if scale is None else x * scale
-        low, high = entry.low, entry.high
-        if low is None or high is None:
-            low, high = scaled.amin(), scaled.amax()
-        elif scale is not None:
-            low, high = low * scale, high * scale
-        rounded.append(fake_activation(scaled, low.amin(), high.amax(), activation_bits))
+        low, high = (scaled.amin(), scaled.amax()) if entry.low is None else entry.ends(scale)
+        rounded.append(fake_activation(scaled, low, high, activation_bits, free=entry.rho is not None))
     divided = weight if scale is None else weight / scale[:, None]
     return rounded[0], fake_weight(divided, weight_bits, activation_bits)

@@ -17,6 +17,7 @@ from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
 from scalefold.compiler.stats import TokenRange
+from scalefold.passes.insert_qdq import LEARNED_RANGE
 
 REFINED_SHARES = (0.0, 0.01, 0.05, 0.12)
 """Shares of tokens to clip that the refinement tries at each quantizer, besides the one that all share."""
@@ -36,7 +37,7 @@ class ClipRanges:
     1, 1 - step, 1 - 2 step, ... down to 1 - largest; the winner has the least squared error of the outputs against the
     float model on the search samples, and the largest ratio wins a tie. Then, in place of the paper's learned fine stage,
     one sweep over the quantizers in graph order, each trying a few ratios of its own with the others held. Per-token
-    quantizers have no static range and are left.
+    quantizers have no static range and are left; so are those of activations whose range was learned.
 
     Attributes:
         largest: largest share of tokens whose extremes may be clipped by the ratio that all share.
@@ -60,7 +61,7 @@ class ClipRanges:
         if is_decoder(model):  # fit-activations does it layer by layer: whole runs for each range would take hours
             return PassResult()
         found = [node for node in graph.nodes(model, "QuantizeLinear") if _is_static(node)]
-        quantizers = [node for node in found if SEARCHED not in node.meta]
+        quantizers = [node for node in found if SEARCHED not in node.meta and LEARNED_RANGE not in source_of(node).meta]
         if not quantizers:
             return PassResult()
         tokens = _token_ranges(model, quantizers, ctx)

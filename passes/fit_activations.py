@@ -19,7 +19,7 @@ from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.schemes import Affine, Float
 from scalefold.compiler.stats import TokenRange
 from scalefold.passes.clip_ranges import current_grid, set_grid, source_of
-from scalefold.passes.insert_qdq import quantize_rows
+from scalefold.passes.insert_qdq import LEARNED_RANGE, quantize_rows
 
 SHARES = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares of tokens whose extremes may be clipped, tried below 8 bits, where rounding weighs more than clipping. At 8 bits
@@ -119,7 +119,8 @@ class FitActivations:
                 advance()
             for entry in quantizers:
                 seen = ranges[entry.x.name or ""]
-                clipped = [schemes.activation_grid(*seen.quantiles(1 - share), self.bits) for share in shares]
+                tried = () if LEARNED_RANGE in entry.x.meta else shares
+                clipped = [schemes.activation_grid(*seen.quantiles(1 - share), self.bits) for share in tried]
                 entry.grids = list(dict.fromkeys([current_grid(entry.node, self.bits), *clipped]))
                 entry.errors = np.zeros(len(entry.grids))
             for feed in ctx.search:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,10 +14,13 @@ from scalefold.compiler.facts import Fact, quantized_matmuls, weight_array, weig
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, select
 from scalefold.compiler.recipe import Granularity
 from scalefold.compiler.schemes import Affine
-from scalefold.compiler.stats import TokenRange
+from scalefold.compiler.stats import Statistic, TokenRange
 
 AXES_ARE_INPUTS = 18
 """The opset from which ReduceMin and ReduceMax take their axes as an input."""
+
+LEARNED_RANGE = "scalefold.learned-range"
+"""Marks an activation in memory: the (low, high) that were learned for it and stand in for its extremes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class InsertQdq:
              Add(MatMul(DequantizeLinear(QuantizeLinear(u, 1/255, 0), 1/255, 0), dq(W)) * r + m * c, b)
 
     x is [..., K], W [K, N], b [N]. Per tensor, s and z are one number each: uint8, asymmetric, static, from the extremes of
-    calibration; below 8 bits a Clip in front keeps the codes within 2**bits - 1. Per token, m and r are [..., 1], computed
+    calibration, or from the range that learn-scales left on x; below 8 bits a Clip in front keeps the codes within
+    2**bits - 1. Per token, m and r are [..., 1], computed
     from the row itself: no calibration, and no row sees another. u is within [0, 1], so one constant grid serves every row
     and the integer kernel stays. c are the column sums of W [N]: x W = (r u + m) W = r (u W) + m c holds row by row.
     Figures: docs/decisions/0006.
@@ -81,21 +85,32 @@ class InsertQdq:
     def _insert_static(self, model: ir.Model, readers: dict[ir.Value, list[ir.Node]], ctx: Context) -> list[Event]:
         if not readers:
             return []
-        ranges = ctx.measure(model, {x.name or "": TokenRange for x in readers})
+        unknown = {x.name or "": TokenRange for x in readers if LEARNED_RANGE not in x.meta}
+        measured = ctx.measure(model, unknown) if unknown else {}
         events = []
         for x, matmuls in readers.items():
-            seen = ranges[x.name or ""]
-            assert isinstance(seen, TokenRange)
-            affine = schemes.activation_grid(seen.low, seen.high, self.bits)
+            low, high = _range(x, measured)
+            affine = schemes.activation_grid(low, high, self.bits)
             quantize_input(model, x, matmuls, affine)
-            figures = {"low": seen.low, "high": seen.high, "scale": affine.scale, "zero_point": affine.zero_point}
-            events.append(Event(matmuls[0], f"uint{self.bits} per tensor, {len(matmuls)} readers", figures))
+            figures = {"low": low, "high": high, "scale": affine.scale, "zero_point": affine.zero_point}
+            learned = ", range learned" if LEARNED_RANGE in x.meta else ""
+            events.append(Event(matmuls[0], f"uint{self.bits} per tensor, {len(matmuls)} readers{learned}", figures))
         return events
 
     def _insert_dynamic(self, model: ir.Model, readers: dict[ir.Value, list[ir.Node]]) -> list[Event]:
         for matmuls in readers.values():
             quantize_rows(model, matmuls, self.bits)
         return [Event(matmuls[0], f"uint{self.bits} per token, {len(matmuls)} readers") for matmuls in readers.values()]
+
+
+def _range(x: ir.Value, measured: Mapping[str, Statistic]) -> tuple[float, float]:
+    """The ends of an activation's range: learned, or else its extremes."""
+    if LEARNED_RANGE in x.meta:
+        low, high = x.meta[LEARNED_RANGE]
+        return float(low), float(high)
+    seen = measured[x.name or ""]
+    assert isinstance(seen, TokenRange)
+    return seen.low, seen.high
 
 
 def quantize_input(model: ir.Model, x: ir.Value, readers: Sequence[ir.Node], affine: Affine) -> None:

@@ -16,14 +16,14 @@ from scalefold.compiler.calibrate import padding_mask
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
-from scalefold.compiler.schemes import Float
 from scalefold.compiler.sites import Kind, Producer, Site, find_producer, find_sites, fold, group_sites, obstacle
 from scalefold.compiler.value_columns import find_value
 from scalefold.compiler.walk import Walk
+from scalefold.passes.insert_qdq import LEARNED_RANGE
 
 if TYPE_CHECKING:
     from scalefold.compiler.learning import Schedule
-    from scalefold.compiler.scale_learning import ScaleLearner
+    from scalefold.compiler.scale_learning import Figures, ScaleLearner
 
 LEARNED = "scalefold.learned"
 """Marks a layer in memory: a second run would start from other weights, and never settle."""
@@ -44,10 +44,15 @@ class LearnScales:
     1. Each transformer block alone: squared error of its quantized output against its float output, on float inputs. One
        block's inputs and outputs are in memory at a time.
     2. End to end: cross entropy of the next token (objective `task`, decoders), or what divides the outputs from float
-       (`float`): Kullback-Leibler divergence of logits, squared error of other outputs.
+       (`float`): Kullback-Leibler divergence of logits, squared error of other outputs. With `ranges` every activation that
+       will be quantized, scaled or not, learns both ends of its range here, which begin at min-max and may then leave
+       outliers out; insert-qdq takes them from the activation, and per-token quantizers have no use for them:
 
-    Everything is frozen but theta. A share of the search samples only judges; the best scales they have seen are kept, none
-    if none are better. The paper's places are behind the normalizations of a block; the others are those of
+       before:  [min(a x), max(a x)]
+       after:   [exp(rho_0) min(a x), exp(rho_1) max(a x)]
+
+    Everything is frozen but theta and rho. A share of the search samples only judges; the best they have seen are kept,
+    none if none are better. The paper's places are behind the normalizations of a block; the others are those of
     migrate-outliers, which may run first: then this learns on from there. The last normalization, behind which no block
     follows, is left.
 
@@ -60,6 +65,7 @@ class LearnScales:
         end_to_end_rate: learning rate for the whole model.
         decay: how rates fall to 0.
         objective: what is learned end to end.
+        ranges: learn the static ranges of activations end to end too.
         held_out: share of the search samples that only judge.
         patience: judgements without a better loss before learning stops; there are eight.
         seed: of the order of samples.
@@ -86,6 +92,7 @@ class LearnScales:
     end_to_end_rate: float = 0.003
     decay: Literal["cosine", "linear"] = "cosine"
     objective: Literal["task", "float"] = "task"
+    ranges: bool = False
     held_out: float = 0.25
     patience: int = 3
     seed: int = 0
@@ -99,14 +106,16 @@ class LearnScales:
     gate: bool = False
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Learn at every site that can be scaled, and fold what is better than nothing."""
+        """Learn at every site that can be scaled, and fold what is better than nothing; leave ranges on activations."""
         left = refusals([layer.name for layer in graph.linear_layers(model)], self.include, self.exclude)
         groups, declined = self._groups(model, ctx, left)
-        if not groups:
+        ranged = self._ranged(model, left)
+        if not groups and not ranged:
             return PassResult((), tuple(declined))
-        divisors, figures = self._learn(model, ctx, groups, left)
+        learner = _scale_learner(self, model, ctx, groups, left)
+        figures, whole = self._learn(learner, groups, ranges=bool(ranged))
         rewrites = []
-        for group, divisor, found in zip(groups, divisors, figures, strict=True):
+        for group, divisor, found in zip(groups, learner.divisors(), figures, strict=True):
             node = group.producers[0].node
             for reader in group.readers:
                 reader.meta[LEARNED] = True
@@ -115,6 +124,9 @@ class LearnScales:
                 continue
             fold(model, group.sites, group.producers, np.zeros_like(divisor), divisor)
             rewrites.append(Event(node, "scales learned", found))
+        if ranged:
+            event = _leave_ranges(learner, ranged, whole)
+            (rewrites if event.figures["ranges"] else declined).append(event)
         return PassResult(tuple(rewrites), tuple(declined))
 
     @property
@@ -151,22 +163,27 @@ class LearnScales:
                 groups.append(group)
         return groups, declined
 
-    def _learn(
-        self, model: ir.Model, ctx: Context, groups: Sequence[Group], left: Collection[str]
-    ) -> tuple[list[Float], list[dict[str, float | int | str]]]:
-        """What to divide each group's activation by, and its figures."""
-        learner = _scale_learner(self, model, ctx, groups, left)
-        figures: list[dict[str, float | int | str]] = [{"scales": group.width} for group in groups]
+    def _ranged(self, model: ir.Model, left: Collection[str]) -> list[ir.Node]:
+        """The layers to learn input ranges for: none, or all that are quantized; and none a second time."""
+        if not self.ranges or not self.end_to_end_steps:
+            return []
+        readers = [layer.matmul for layer in graph.linear_layers(model) if layer.name not in left]
+        return [] if any(LEARNED in node.meta for node in readers) else readers
+
+    def _learn(self, learner: ScaleLearner, groups: Sequence[Group], *, ranges: bool) -> tuple[list[Figures], Figures]:
+        """The figures of each group, and those of ranges: what is learned end to end is told once."""
+        figures: list[Figures] = [{"scales": group.width} for group in groups]
+        whole: Figures = {}
         if self.steps:
             for found, more in zip(figures, learner.learn_blocks(self._schedule(self.steps, self.rate)), strict=True):
                 found |= more
         if self.end_to_end_steps:
             schedule = self._schedule(self.end_to_end_steps, self.end_to_end_rate)
-            figures[0] |= learner.learn_end_to_end(schedule, self.objective)
-        divisors = list(learner.divisors())
-        for found, divisor in zip(figures, divisors, strict=True):
+            found = learner.learn_end_to_end(schedule, self.objective, ranges=ranges)
+            (whole if ranges else figures[0]).update(found)
+        for found, divisor in zip(figures, learner.divisors(), strict=True):
             found |= {"smallest": 1 / float(divisor.max()), "largest": 1 / float(divisor.min())}
-        return divisors, figures
+        return figures, whole
 
     def _schedule(self, steps: int, rate: float) -> Schedule:
         from scalefold.compiler.learning import Schedule
@@ -192,6 +209,19 @@ def _reason(group: Group, left: Collection[str]) -> str | None:
     if not any(map(leads_on, group.sites)):
         return "no block lies behind it"
     return obstacle(group.sites, group.producers)
+
+
+def _leave_ranges(learner: ScaleLearner, readers: Sequence[ir.Node], figures: Figures) -> Event:
+    """Put the ranges that were learned on the activations; the event counts them."""
+    for node in readers:
+        node.meta[LEARNED] = True
+    learned = list(learner.ranges())
+    for reader, low, high in learned:
+        x = reader.inputs[0]
+        assert x is not None
+        x.meta[LEARNED_RANGE] = (low, high)
+    reason = "ranges learned" if learned else "no ranges that were learned are better than min-max"
+    return Event(readers[0], reason, {"ranges": len(learned), **figures})
 
 
 def _scale_learner(

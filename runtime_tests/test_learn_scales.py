@@ -17,15 +17,18 @@ from scalefold.compiler import graph, schemes
 from scalefold.compiler.blocks import find_blocks
 from scalefold.compiler.decoder import decoder_of
 from scalefold.compiler.errors import CalibrationError, SourceError
+from scalefold.compiler.facts import row_range
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.learning import Checkpoint, Schedule, learn
 from scalefold.compiler.protocol import Context, silent
+from scalefold.compiler.recipe import Recipe
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.straight_through import Observed, fake_activation, fake_weight, operands
 from scalefold.compiler.testing import check_pass, context_on, parse
-from scalefold.passes import NORMALIZE
-from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes import NORMALIZE, pipeline
+from scalefold.passes.clip_ranges import ClipRanges, current_grid, source_of
+from scalefold.passes.insert_qdq import LEARNED_RANGE, InsertQdq
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.migrate_outliers import MigrateOutliers
 from scalefold.passes.quantize_weights import QuantizeWeights
@@ -262,6 +265,157 @@ def test_readers_see_the_product_of_the_scaled_and_rounded() -> None:
     torch.testing.assert_close(product, x.clamp(-3, 3) @ weight, rtol=0, atol=0.2)
     torch.autograd.backward(product.sum())
     assert theta.grad is not None and bool((theta.grad != 0).any())
+
+
+def test_each_end_of_a_free_range_learns_from_what_lies_beyond_it() -> None:
+    x = torch.tensor([-5.0, -0.21, 0.3, 5.0, 6.0], requires_grad=True)
+    low, high = torch.tensor(-1.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    found = fake_activation(x, low, high, 8, free=True)
+    torch.testing.assert_close(found, fake_activation(x, low, high, 8), rtol=0, atol=0)
+    torch.autograd.backward(found.sum())
+    assert x.grad is not None and low.grad is not None and high.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 0, 0]
+    units = np.array([-0.21, 0.3]) * 255 / 4
+    inside = float((np.rint(units) - units).sum()) / 255
+    # the zero point is rounded forward, so the two ends are off by less than a step
+    assert float(low.grad) == pytest.approx(1 - inside, abs=3 / 255)
+    assert float(high.grad) == pytest.approx(2 + inside, abs=3 / 255)
+
+
+RANGES = replace(BOTH, activation_bits=4, ranges=True)
+SPIKE = 60.0
+
+
+def spiky() -> ir.Model:
+    """A block in which what a spike adds to an activation is lost on a Tanh."""
+    generator = np.random.default_rng(5)
+    sizes = {"w": (WIDTH, WIDTH), "v": (WIDTH, WIDTH)}
+    arrays = {"g": np.ones(WIDTH), "b": np.zeros(WIDTH)}
+    arrays |= {name: generator.standard_normal(size) * 0.5 for name, size in sizes.items()}
+    constants = ", ".join(constant(name, array) for name, array in arrays.items())
+    return parse(f"""<ir_version: 10, opset_import: ["" : 20]>
+    m (float[b, s, {WIDTH}] x, float[b, s, {WIDTH}] z) => (float[b, s, {WIDTH}] y) <{constants}>
+    {{ [norm] n = LayerNormalization<axis = -1>(x, g, b)  [fc] p = MatMul(n, w)  a = Add(p, z)
+       [out] q = MatMul(a, v)  y = Tanh(q) }}""")
+
+
+def spiky_feeds() -> list[Feed]:
+    """Every sample has a spike in one token: the activation's extremes follow it."""
+    found: list[Feed] = []
+    for index, feed in enumerate(feeds()):
+        spike = np.zeros_like(feed["x"])
+        spike[0, index, 2] = SPIKE
+        found.append({**feed, "z": spike})
+    return found
+
+
+def learned_ranges(model: ir.Model) -> dict[str, tuple[float, float]]:
+    """By the names of activations."""
+    found = {layer.x.name or "": layer.x.meta.get(LEARNED_RANGE) for layer in graph.linear_layers(model)}
+    return {name: ends for name, ends in found.items() if ends is not None}
+
+
+def test_ranges_are_learned_only_where_they_are_asked_for() -> None:
+    model = stack()
+    result = BOTH.run(model, context_on(stack(), feeds()))
+    assert not learned_ranges(model)
+    assert not any("ranges" in event.figures for event in (*result.rewrites, *result.declined))
+
+
+def test_every_activation_learns_a_range_once_and_the_event_counts_them() -> None:
+    *scaled, event = check_pass(RANGES, stack(), feeds=feeds()).rewrites
+    assert [entry.reason for entry in scaled] == ["scales learned"] * 2
+    assert (event.where, event.reason, event.figures["ranges"]) == ("fc0", "ranges learned", 4)
+    assert float(event.figures["end_to_end_loss"]) < float(event.figures["end_to_end_loss_before"])
+
+
+def test_layers_left_in_float_have_no_range() -> None:
+    model = stack()
+    replace(RANGES, exclude=("out1",)).run(model, context_on(stack(), feeds()))
+    assert list(learned_ranges(model)) == ["n0", "a0", "n1"]
+
+
+def test_without_a_place_for_scales_ranges_are_learned_alone() -> None:
+    (event,) = check_pass(replace(RANGES, norm=False), spiky(), feeds=spiky_feeds()).rewrites
+    assert event.figures["ranges"] == 2
+
+
+def test_ranges_that_are_no_better_than_the_extremes_are_not_left() -> None:
+    model = spiky()
+    result = replace(RANGES, norm=False, end_to_end_rate=1e3).run(model, context_on(spiky(), spiky_feeds()))
+    (event,) = result.declined
+    assert event.figures["ranges"] == 0 and not learned_ranges(model)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_the_quantizers_take_the_learned_ranges_and_clipping_leaves_them(bits: int) -> None:
+    context = context_on(spiky(), spiky_feeds())
+    model = spiky()
+    replace(RANGES, weight_bits=bits, activation_bits=bits).run(model, context)
+    learned = learned_ranges(model)
+    model = model.clone()
+    for entry in (QuantizeWeights(), InsertQdq(bits)):
+        entry.run(model, context)
+    assert not ClipRanges(bits=bits).run(model, context).changed
+    quantizers = graph.nodes(model, "QuantizeLinear")
+    assert [source_of(node).name for node in quantizers] == list(learned) == ["n", "a"]
+    for node in quantizers:
+        grid = schemes.activation_grid(*learned[source_of(node).name or ""], bits)
+        assert current_grid(node, bits) == schemes.Affine(float(np.float32(grid.scale)), grid.zero_point, bits)
+    assert learned["a"][1] < 0.5 * SPIKE
+
+
+def test_ranges_that_are_learned_do_not_follow_an_extreme() -> None:
+    def errors(options: LearnScales) -> tuple[float, float]:
+        context, model = context_on(spiky(), spiky_feeds()), spiky()
+        figures = [event.figures for event in options.run(model, context).rewrites]
+        for entry in (QuantizeWeights(), InsertQdq(4)):
+            entry.run(model, context)
+        quantized, wanted = Session(model, optimize=False), Session(spiky())
+        error = sum(float(np.square(quantized.run(feed)["y"] - wanted.run(feed)["y"]).sum()) for feed in spiky_feeds())
+        return error, next(float(found["end_to_end_loss"]) for found in figures if "end_to_end_loss" in found)
+
+    (error, loss), (scales_error, scales_loss) = errors(RANGES), errors(replace(RANGES, ranges=False))
+    assert loss < 0.3 * scales_loss
+    assert error < 0.3 * scales_error
+
+
+def test_learned_ranges_pass_merged_projections_and_mean_nothing_per_token(decoder_models: dict[str, ir.Model]) -> None:
+    learning = {"steps": 0, "end_to_end_steps": 32, "objective": "float", "ranges": True}
+    recipe = Recipe.model_validate({"learning": learning, "activations": {"bits": 4, "per_token": ["down_proj"]}})
+    before, model = decoder_models["llama"], decoder_models["llama"].clone()
+    generator = np.random.default_rng(0)
+    samples: list[Feed] = [decoder_of(model).prompt_feed(generator.integers(5, 200, (1, 20))) for _ in range(4)]
+    context = replace(context_on(before, samples), float_model=before)
+    for entry in pipeline(recipe).transform:
+        entry.run(model, context)
+    learned = learned_ranges(model)
+    for entry in pipeline(recipe).quantize:
+        entry.run(model, context)
+    static = [node for node in graph.nodes(model, "QuantizeLinear") if row_range(node) is None]
+    per_token = [node for node in graph.nodes(model, "QuantizeLinear") if row_range(node) is not None]
+    assert len(per_token) == 2 and len(static) == 7 and len(learned) == 9
+    for node in static:
+        grid = schemes.activation_grid(*learned[source_of(node).name or ""], 4)
+        assert current_grid(node, 4).zero_point == grid.zero_point
+        assert current_grid(node, 4).scale == pytest.approx(grid.scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [40, 57])
+def test_an_interrupted_run_with_ranges_goes_on_to_the_same_result(tmp_path: Path, steps: int) -> None:
+    def learned(options: LearnScales, context: Context) -> tuple[dict[str, Array], dict[str, tuple[float, float]]]:
+        model = stack()
+        options.run(model, context)
+        return weights(model), learned_ranges(model)
+
+    options = replace(RANGES, checkpoint=str(tmp_path / "state"))
+    with pytest.raises(_StopError):
+        learned(options, stopping_after(steps))
+    with pytest.raises(CalibrationError, match="it is the state of another run"):
+        learned_with(replace(options, ranges=False))
+    resumed, whole = learned(options, context_on(stack(), feeds())), learned(RANGES, context_on(stack(), feeds()))
+    assert_equal(resumed[0], whole[0])
+    assert resumed[1] == whole[1] and len(whole[1]) == 4
 
 
 def minimize(loss: Callable[[int], torch.Tensor], start: torch.Tensor, schedule: Schedule) -> tuple[str, int]:

@@ -240,6 +240,30 @@ def test_learning_needs_static_ranges() -> None:
         Recipe.model_validate({"learning": {}, "activations": {"granularity": "per-token"}})
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("learning: {ranges: true, end_to_end_steps: 0}", "learning: ranges are learned end to end"),
+        (
+            "learning: {ranges: true}\nactivations: {granularity: per-token}",
+            "learning.ranges: granularity per-token has no static ranges to learn",
+        ),
+    ],
+)
+def test_ranges_that_could_not_be_learned_are_a_fault(folder: Path, text: str, fault: str) -> None:
+    with pytest.raises(RecipeError, match=fault) as caught:
+        load_recipe(written(folder, text))
+    assert len(caught.value.faults) == 1
+
+
+def test_ranges_are_an_option_of_the_pass() -> None:
+    assert [LearnScales(ranges=True)] == [
+        entry
+        for entry in pipeline(Recipe.model_validate({"learning": {"ranges": True}})).transform
+        if isinstance(entry, LearnScales)
+    ]
+
+
 def test_learning_is_a_pass_behind_migration() -> None:
     recipe = Recipe.model_validate({"learning": {"steps": 3}, "migration": {}, "exclude": ["head"]})
     migrate, learn, merge = pipeline(recipe).transform

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 
-from scalefold.compiler import calibrate, graph, schemes
+from scalefold.compiler import calibrate
 from scalefold.compiler.decoder import LOGITS
 from scalefold.compiler.driver import open_source
 from scalefold.compiler.learning import Checkpoint, Schedule, learn
@@ -39,13 +39,13 @@ from scalefold.compiler.protocol import Context, Requests
 from scalefold.compiler.recipe import Activations, Recipe, Weights
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.scale_learning import channel_ranges, next_token_loss
-from scalefold.compiler.sites import find_sites
-from scalefold.compiler.stats import Statistic
+from scalefold.compiler.sites import Site, find_sites
+from scalefold.compiler.stats import ChannelRange, Statistic
 from scalefold.compiler.straight_through import Observed, operands
 from scalefold.compiler.torch_graph import TorchGraph, tensor_from, tensor_of
 from scalefold.models import tiny
 from scalefold.passes import pipeline
-from scalefold.passes.clip_ranges import set_grid, source_of
+from scalefold.passes.insert_qdq import LEARNED_RANGE
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.migrate_outliers import MigrateOutliers
 
@@ -54,7 +54,7 @@ BLOCKS, BOTH = "Quadapter 1", "Quadapter 1+2"
 COLOURS = {
     MINMAX: "#7f8c8d", OSPLUS: "#2471a3", QAT: "#c0392b", MIGRATED_QAT: "#e67e22", BLOCKS: "#52be80", BOTH: "#1e8449",
 }  # fmt: skip
-RANGE_PACE = 100.0
+RANGE_SPEED = 100.0
 """How much faster the logarithm of a range learns than a weight: their sizes differ so."""
 
 
@@ -156,25 +156,20 @@ def quantization_aware_training(bench: Bench, *, migrated: bool) -> tuple[ir.Mod
     if migrated:
         MigrateOutliers(weight_bits=bench.bits, activation_bits=bench.bits).run(model, bench.context)
     weights = {name: tensor_of(value).clone().requires_grad_() for name, value in _learnable(model).items()}
-    sites = find_sites(model)
     extremes = channel_ranges(model, bench.context)
-    ends = [_ends(extremes[site.x.name or ""].low, extremes[site.x.name or ""].high) for site in sites]
-    paces = torch.zeros(len(sites), 2, requires_grad=True)
+    observed = [_observed(site, extremes[site.x.name or ""]) for site in find_sites(model)]
+    rhos = [entry.rho for entry in observed if entry.rho is not None]
     whole = TorchGraph(model, [value for value in model.graph.outputs if value.name == LOGITS])
-
-    def observed() -> list[Observed]:
-        ranges = [end * torch.exp(RANGE_PACE * pace) for end, pace in zip(ends, paces, strict=True)]
-        return [Observed(site.readers, found[:1], found[1:]) for site, found in zip(sites, ranges, strict=True)]
 
     def loss(index: int) -> torch.Tensor:
         feed = bench.context.search[index]
         given = {name: tensor_from(array) for name, array in feed.items()}
-        found = whole.run(given, weights, operands(observed(), bench.bits, bench.bits))
+        found = whole.run(given, weights, operands(observed, bench.bits, bench.bits))
         return next_token_loss(found[LOGITS], feed)
 
     schedule = Schedule(steps=plan.steps, rate=plan.rate, seed=plan.seed)
     learn(
-        [*weights.values(), paces],
+        [*weights.values(), *rhos],
         loss,
         len(bench.context.search),
         schedule,
@@ -184,10 +179,12 @@ def quantization_aware_training(bench: Bench, *, migrated: bool) -> tuple[ir.Mod
     )
     for name, tensor in weights.items():
         model.graph.initializers[name].const_value = ir.tensor(tensor.detach().numpy(), name=name)
-    learned = {site.x.name: entry for site, entry in zip(sites, observed(), strict=True)}
-    return _with_ranges(bench.quantized(model), learned, bench.bits), sum(
-        map(torch.numel, weights.values())
-    ) + paces.numel()
+    for entry in observed:
+        low, high = entry.ends(None)
+        x = entry.readers[0].inputs[0]
+        assert x is not None
+        x.meta[LEARNED_RANGE] = (float(low.detach()), float(high.detach()))
+    return bench.quantized(model), sum(map(torch.numel, [*weights.values(), *rhos]))
 
 
 def _learnable(model: ir.Model) -> dict[str, ir.Value]:
@@ -199,18 +196,11 @@ def _learnable(model: ir.Model) -> dict[str, ir.Value]:
     }
 
 
-def _ends(low: schemes.Float | None, high: schemes.Float | None) -> torch.Tensor:
-    assert low is not None and high is not None
-    return torch.tensor([float(low.min()), float(high.max())])
-
-
-def _with_ranges(model: ir.Model, learned: Mapping[str | None, Observed], bits: int) -> ir.Model:
-    """Give every static quantizer the range that was learned for its activation."""
-    for quantize in graph.nodes(model, "QuantizeLinear"):
-        found = learned[source_of(quantize).name]
-        assert found.low is not None and found.high is not None
-        set_grid(model, quantize, schemes.activation_grid(float(found.low.detach()), float(found.high.detach()), bits))
-    return model
+def _observed(site: Site, extremes: ChannelRange) -> Observed:
+    """An activation whose range learns, from its extremes."""
+    assert extremes.low is not None and extremes.high is not None
+    low, high = torch.from_numpy(extremes.low), torch.from_numpy(extremes.high)
+    return Observed(site.readers, low, high, rho=torch.zeros(2, requires_grad=True), speed=RANGE_SPEED)
 
 
 METHODS: dict[str, Callable[[Bench], tuple[ir.Model, int]]] = {
