@@ -26,8 +26,6 @@ ROWS = 64
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 TOKEN_FEEDS = TOKEN_INPUTS | {"token_type_ids"}
 PREFIX = ".prefix"
-KEPT = "logits_to_keep"
-"""An input that need not be fed: for how many of the last tokens there are logits."""
 """Ends the names of constants that are joined to a decoder's inputs; see the pass bake-prefix."""
 PAIRED_PREFIXES = (("input.", "output."), ("past_key_values.", "present."))
 """How exporters name the cache on its way in and out: transformers' own, and the older one of optimum."""

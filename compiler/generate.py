@@ -23,8 +23,10 @@ from tokenizers.decoders import DecodeStream
 
 from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.calibrate import read_tokenizer
-from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of, position_limit
+from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import SourceError
+from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.last_logits import KEPT, cut_logits
 from scalefold.compiler.runtime import Array, Session, is_from_onnxruntime
 
 Cache = Mapping[str, onnxruntime.OrtValue]
@@ -104,15 +106,17 @@ class CachedSession(Session):
     Args:
         model: the model file.
         threads: intra-op threads; 0 lets onnxruntime choose.
+        as_it_is: open the file itself, which computes the logits of a whole prompt even where the last are wanted.
 
     Raises:
         SourceError: it is not a decoder with a cache.
     """
 
-    def __init__(self, model: Path, *, threads: int = 0) -> None:
-        super().__init__(model, threads=threads, quiet=False)
+    def __init__(self, model: Path, *, threads: int = 0, as_it_is: bool = False) -> None:
+        opened = read_onnx(model)
+        self._cuts_logits = not as_it_is and cut_logits(opened)
+        super().__init__(opened if self._cuts_logits else model, threads=threads, quiet=False)
         self.decoder = decoder_of(self, str(model))
-        self._cuts_logits = KEPT in {entry.name for entry in self._session.get_overridable_initializers()}
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
         """Arrays, such as those of a cache, as onnxruntime's own values."""
@@ -126,7 +130,7 @@ class CachedSession(Session):
             ids: [B,S].
             mask: [B,P+S]; see `Decoder.prompt_feed`.
             cache: P positions, from `hold` or from the step before.
-            last: only the logits of the last token are wanted, which spares a prompt the others; see the pass keep-logits.
+            last: only the logits of the last token are wanted, which spares a prompt the others; see `last_logits`.
 
         Returns:
             the logits, [B,S,V], or where `last` is asked for [B,1,V], and the cache of P + S positions.
@@ -136,7 +140,7 @@ class CachedSession(Session):
         """
         length = self.decoder.check_cache({name: tuple(value.shape()) for name, value in cache.items()}, len(ids))
         feed = {**self.hold(self.decoder.token_feed(ids, mask, length)), **cache}
-        if last and self._cuts_logits:
+        if last and self._cuts_logits and ids.shape[1] > 1:
             feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
         try:
             logits, *grown = self._session.run_with_ort_values([LOGITS, *self.decoder.outputs.values()], feed)

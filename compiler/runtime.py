@@ -132,10 +132,14 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
         if tensor is None or (small and not isinstance(tensor, ir.ExternalTensor)):
             continue
         if isinstance(tensor, ir.ExternalTensor):
-            path = Path(tensor.path)
-            folder = folder or path.parent.absolute()
-            if path.parent.absolute() == folder:
-                # onnxruntime maps the file itself, and holds no copy of what it packs anew
+            path = Path(tensor.path).resolve()
+            folder = folder or path.parent
+            if path.parent == folder:
+                # onnxruntime maps the file itself, and holds no copy of what it packs anew; it follows no link out of
+                # the folder, and the cache of Hugging Face is made of links
+                value.const_value = ir.ExternalTensor(
+                    path.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+                )
                 continue
         arrays[name] = np.asarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(

@@ -12,7 +12,6 @@ from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.insert_qdq import InsertQdq
-from scalefold.passes.keep_logits import KeepLogits
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.lower_block_matmul import LowerBlockMatmul
 from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
@@ -56,7 +55,6 @@ LOWER: dict[Target, tuple[Pass, ...]] = {
         FoldShift(),
         LowerIntegerMatmul(),
         ShieldLayerNorm(),
-        KeepLogits(),
     ),
     "qdq": (QuantizeBias(),),
 }

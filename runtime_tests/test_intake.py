@@ -361,3 +361,11 @@ def test_a_file_of_zeros_is_not_onnx(tmp_path: Path) -> None:
     (tmp_path / "zeros.onnx").write_bytes(bytes(1000))
     with pytest.raises(SourceError, match="it is not an ONNX model, or it is cut short"):
         read_onnx(tmp_path / "zeros.onnx")
+
+
+def test_a_model_that_is_links_is_run_from_where_they_lead(float_model: Path, tmp_path: Path) -> None:
+    for path in float_model.parent.glob("model.onnx*"):
+        (tmp_path / path.name).symlink_to(path)
+    feed = {name: np.ones((1, 4), dtype=np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    wanted, got = (Session(read_onnx(path)).run(feed) for path in (float_model, tmp_path / "model.onnx"))
+    assert all(np.array_equal(wanted[name], got[name]) for name in wanted)

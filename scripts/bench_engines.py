@@ -109,9 +109,11 @@ class OnnxruntimeDecoder:
     """A graph with a cache, whose outputs are bound as the inputs of the next step."""
 
     def __init__(self, model: Path, threads: int) -> None:
+        from scalefold.compiler.artifact import RECORD
         from scalefold.compiler.generate import CachedSession
 
-        self._session = CachedSession(model, threads=threads)
+        # only scalefold's own folders are opened for the last logits; others run as their users get them
+        self._session = CachedSession(model, threads=threads, as_it_is=not (model.parent / RECORD).is_file())
 
     def seconds(self, prompt: Array, new: int) -> float:
         """See `Decoder`."""

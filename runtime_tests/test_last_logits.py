@@ -8,12 +8,11 @@ import onnxruntime
 import pytest
 
 from scalefold.compiler import artifact
-from scalefold.compiler.decoder import KEPT, LOGITS, decoder_of
+from scalefold.compiler.decoder import LOGITS, decoder_of
 from scalefold.compiler.generate import CachedSession
-from scalefold.compiler.protocol import Context
+from scalefold.compiler.last_logits import KEPT, cut_logits
 from scalefold.compiler.runtime import Session
-from scalefold.compiler.testing import check_pass
-from scalefold.passes.keep_logits import KeepLogits
+from scalefold.compiler.testing import assert_same_graph, parse
 
 HEAD = """<ir_version: 10, opset_import: ["" : 20]>
 model (float[b, s, 2] h, float[b, 1, p, 2] "past_key_values.0.key")
@@ -30,36 +29,27 @@ AFTER = HEAD.replace("KEPT", ", int64[1] logits_to_keep = {9223372036854775807}"
 
 
 def test_the_output_layer_reads_the_last_tokens() -> None:
-    result = check_pass(
-        KeepLogits(),
-        before=BEFORE + "y = MatMul(x, w)  logits = Add(y, c) }",
-        after=AFTER + "z = Neg(logits_to_keep)  r = Slice(x, z, end, axis)  y = MatMul(r, w)  logits = Add(y, c) }",
-    )
-    assert [event.reason for event in result.rewrites] == ["logits_to_keep of its rows"]
+    model = parse(BEFORE + "y = MatMul(x, w)  logits = Add(y, c) }")
+    assert cut_logits(model)
+    after = AFTER + "z = Neg(logits_to_keep)  r = Slice(x, z, end, axis)  y = MatMul(r, w)  logits = Add(y, c) }"
+    assert_same_graph(model, parse(after))
+    assert not cut_logits(model)
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    "body",
     [
-        (
-            BEFORE.replace("=> (", "=> (float[b, s, 2] t, ") + "y = MatMul(x, w)  logits = Add(y, c)  t = Exp(x) }",
-            "what it reads makes other outputs too",
-        ),
-        (
-            BEFORE.replace("i = MatMul(h, u)", "i = Exp(h)") + "y = Concat<axis = 2>(x, x, x, x) logits = Relu(y) }",
-            "no product makes the logits of [B,S,H]",
-        ),
+        BEFORE.replace("=> (", "=> (float[b, s, 2] t, ") + "y = MatMul(x, w)  logits = Add(y, c)  t = Exp(x) }",
+        BEFORE.replace("i = MatMul(h, u)", "i = Exp(h)") + "y = Concat<axis = 2>(x, x, x, x) logits = Relu(y) }",
+        BEFORE.replace("past_key_values.0.key", "before").replace("present.0.key", "after")
+        + "y = MatMul(x, w)  logits = Add(y, c) }",
     ],
+    ids=["what it reads makes another output", "no product makes the logits", "no cache"],
 )
-def test_what_cannot_be_cut_is_left(body: str, reason: str) -> None:
-    result = check_pass(KeepLogits(), before=body)
-    assert not result.changed and [event.reason for event in result.declined] == [reason]
-
-
-def test_a_model_without_a_cache_is_left_alone() -> None:
-    body = BEFORE.replace("past_key_values.0.key", "before").replace("present.0.key", "after")
-    result = check_pass(KeepLogits(), before=body + "y = MatMul(x, w)  logits = Add(y, c) }")
-    assert not result.changed and not result.declined
+def test_what_cannot_be_cut_is_left(body: str) -> None:
+    model = parse(body)
+    assert not cut_logits(model)
+    assert_same_graph(model, parse(body))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -67,7 +57,7 @@ def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[st
     model = decoder_models[family].clone()
     feed = decoder_of(model).prompt_feed(np.arange(10).reshape(2, 5) + 7)
     wanted = Session(model).run(feed)
-    assert KeepLogits().run(model, Context()).changed
+    assert cut_logits(model)
     session = Session(model)
     assert all(np.array_equal(wanted[name], found) for name, found in session.run(feed).items())
     raw: onnxruntime.InferenceSession = session._session
@@ -78,12 +68,12 @@ def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[st
 
 
 def test_generation_asks_for_the_last_logits_alone(decoder_models: dict[str, ir.Model], tmp_path: Path) -> None:
-    model = decoder_models["llama"].clone()
-    KeepLogits().run(model, Context())
-    artifact.save_model(model, tmp_path)
+    artifact.save_model(decoder_models["llama"].clone(), tmp_path)
     session = CachedSession(tmp_path / artifact.MODEL)
     ids, cache = np.arange(10).reshape(2, 5) + 7, session.hold(session.decoder.empty_cache(2))
     every, _ = session.step(ids, None, cache)
     last, grown = session.step(ids, None, cache, last=True)
     assert last.shape == (2, 1, 200) and np.array_equal(last, every[:, -1:])
     assert {value.shape()[2] for value in grown.values()} == {5}
+    plain = CachedSession(tmp_path / artifact.MODEL, as_it_is=True)
+    assert np.array_equal(plain.step(ids, None, cache, last=True)[0], last)
