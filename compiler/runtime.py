@@ -138,7 +138,13 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
                 # onnxruntime maps the file itself, and holds no copy of what it packs anew; it follows no link out of
                 # the folder, and the cache of Hugging Face is made of links
                 value.const_value = ir.ExternalTensor(
-                    path.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+                    path.name,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=name,
+                    base_dir=folder,
                 )
                 continue
         arrays[name] = np.asarray(tensor.numpy())
