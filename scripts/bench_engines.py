@@ -106,7 +106,7 @@ def _compute_type(model: Path) -> str:
 
 
 class OnnxruntimeDecoder:
-    """A graph with a cache, whose outputs are bound as the inputs of the next step."""
+    """A graph with a cache, whose outputs are the inputs of the next step."""
 
     def __init__(self, model: Path, threads: int) -> None:
         from scalefold.compiler.artifact import RECORD
