@@ -51,18 +51,19 @@ def measure(model: ir.Model, names: Collection[str], feeds: Sequence[Feed]) -> d
     return found
 
 
-def paired(before: Ranges, after: Ranges) -> dict[str, tuple[Float, Float]]:
+def paired(before: Ranges, after: Ranges) -> tuple[dict[str, Float], dict[str, Float]]:
     """The ranges of values that both graphs have; what a merged layer reads was read by its first part before."""
-    pairs = {name: (before[parts(name)[0]], extremes) for name, extremes in after.items() if parts(name)[0] in before}
-    return {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
+    read = {name: before[first] for name in after if (first := parts(name)[0]) in before}
+    both = {name: extremes for name, extremes in read.items() if extremes.shape == after[name].shape}
+    return both, {name: after[name] for name in both}
 
 
 def write(folder: Path, before: Ranges, after: Ranges) -> None:
     """Save the ranges of values that both graphs have."""
-    pairs = paired(before, after)
+    before, after = paired(before, after)
     # names go in as an array: numpy makes file names of keys, and layers may have slashes in theirs
-    arrays = {str(index): np.stack(pair) for index, pair in enumerate(pairs.values())}
-    np.savez_compressed(folder / FILE, names=np.array(list(pairs), dtype=np.str_), **arrays)  # type: ignore[arg-type]
+    arrays = {str(index): np.stack([before[name], after[name]]) for index, name in enumerate(before)}
+    np.savez_compressed(folder / FILE, names=np.array(list(before), dtype=np.str_), **arrays)  # type: ignore[arg-type]
 
 
 def read(folder: Path) -> tuple[dict[str, Float], dict[str, Float]]:

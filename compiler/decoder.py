@@ -22,7 +22,7 @@ from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
 
 LOGITS = "logits"
 ROWS = 64
-"""Tokens whose probabilities are computed at a time: each is as wide as the vocabulary."""
+"""Tokens whose logits are looked at at a time: each is as wide as the vocabulary."""
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 TOKEN_FEEDS = TOKEN_INPUTS | {"token_type_ids"}
 PREFIX = ".prefix"

@@ -297,6 +297,13 @@ class _Run:
         self.ranges: list[channel_ranges.Ranges] = []
         self.search: Search | None = None
 
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and give back the memory that it took."""
+        with self.clock.stage(name):
+            yield
+            _release_memory(self.original, self.tamed)
+
     def apply(self, passes: Sequence[Pass]) -> None:
         """Run passes in order, each only on a graph that has the facts it requires."""
         for entry in passes:
@@ -306,11 +313,10 @@ class _Run:
                     where=self.source.name,
                     remedy="put the passes that provide it before, or exclude fewer layers",
                 )
-            with self.clock.stage(entry.name):
+            with self._stage(entry.name):
                 result = entry.run(self.source.model, self.context)
                 if result.changed and not graph.is_quantized(self.source.model):
                     self._retame(entry)
-                _release_memory(self.original, self.tamed)
             self.records.append(_record(entry, result))
 
     def _retame(self, entry: Pass) -> None:
@@ -365,13 +371,12 @@ class _Run:
     def choose(self, goal: Goal, folder: Path) -> Pipeline:
         """Search for the recipe that meets a goal, take it for this run's, and give its passes."""
         folder.mkdir()
-        with self.clock.stage("search"):
+        with self._stage("search"):
             seen = self.held_out[::2]
             self.recipe, self.search = search(
                 self.source.model, self.recipe, goal, self.context, seen, _pipeline, folder
             )
         shutil.rmtree(folder)
-        _release_memory(self.original, self.tamed)
         return _pipeline(self.recipe)
 
     def judge(self) -> None:
@@ -383,19 +388,17 @@ class _Run:
         """Measure how far each channel reaches in the float graph as it is now."""
         names = {layer.name for layer in graph.linear_layers(self.tamed)}
         feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
-        with self.clock.stage("channel ranges"):
+        with self._stage("channel ranges"):
             self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
-        _release_memory(self.original, self.tamed)
 
     def compare_layers(self) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         self._measure_ranges()
-        with self.clock.stage("compare layers"), self.progress("comparing layers", 1) as advance:
+        with self._stage("compare layers"), self.progress("comparing layers", 1) as advance:
             self.layer_sqnr = verify.layer_sqnr(
                 self.tamed, self.source.model, [first_tokens(feed, COMPARED) for feed in self.held_out]
             )
             advance()
-        _release_memory(self.original, self.tamed)
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
         """Save the model, verify the saved file, add the record, and put the folder in its place."""

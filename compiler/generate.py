@@ -27,7 +27,7 @@ from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.last_logits import KEPT, cut_logits
-from scalefold.compiler.runtime import Array, Session, is_from_onnxruntime
+from scalefold.compiler.runtime import Array, Session, faults_become
 
 Cache = Mapping[str, onnxruntime.OrtValue]
 Choose = Callable[[Array, Array], Array]
@@ -113,9 +113,9 @@ class CachedSession(Session):
     """
 
     def __init__(self, model: Path, *, threads: int = 0, as_it_is: bool = False) -> None:
-        opened = read_onnx(model)
-        self._cuts_logits = not as_it_is and cut_logits(opened)
-        super().__init__(opened if self._cuts_logits else model, threads=threads, quiet=False)
+        source = model if as_it_is else read_onnx(model)
+        self._cuts_logits = not isinstance(source, Path) and cut_logits(source)
+        super().__init__(source, threads=threads, quiet=False)
         self.decoder = decoder_of(self, str(model))
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
@@ -142,18 +142,18 @@ class CachedSession(Session):
         feed = {**self.hold(self.decoder.token_feed(ids, mask, length)), **cache}
         if last and self._cuts_logits and ids.shape[1] > 1:
             feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
-        try:
+        with faults_become(_cannot_run):
             logits, *grown = self._session.run_with_ort_values([LOGITS, *self.decoder.outputs.values()], feed)
-        except Exception as error:
-            if not is_from_onnxruntime(error):
-                raise
-            raise SourceError(
-                f"onnxruntime cannot run these tokens ({' '.join(str(error).split())[:300].rstrip('. ')})",
-                where="the decoder",
-                remedy="check that the tokenizer is the model's own",
-            ) from error
         found = logits.numpy()
         return found[:, -1:] if last else found, dict(zip(self.decoder.outputs, grown, strict=True))
+
+
+def _cannot_run(said: str) -> SourceError:
+    return SourceError(
+        f"onnxruntime cannot run these tokens ({said})",
+        where="the decoder",
+        remedy="check that the tokenizer is the model's own",
+    )
 
 
 @dataclass

@@ -173,6 +173,14 @@ def bypass(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def stand_in(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` take the place of `old`: its readers, its shape and type, and its name."""
+    like(new, old)
+    name = old.name
+    bypass(old, new)
+    old.name, new.name = f"{name}_before", name
+
+
 def sweep(model: ir.Model) -> None:
     """Remove nodes and initializers that nothing reads."""
     RemoveUnusedNodesPass()(model)

@@ -49,15 +49,15 @@ def _makes(product: ir.Node, logits: ir.Value) -> bool:
 
 
 def _cut(model: ir.Model, x: ir.Value, behind: set[ir.Node]) -> None:
+    readers = list(x.uses())
     kept = graph.add_initializer(model, KEPT, np.array([ALL], dtype=np.int64))
     model.graph.inputs.append(kept)
     end = graph.add_initializer(model, f"{KEPT}.end", np.array([ALL], dtype=np.int64))
     axis = graph.add_initializer(model, f"{KEPT}.axis", np.array([1], dtype=np.int64))
     start = ir.node("Neg", [kept], name=f"{KEPT}.start")
     cut = ir.node("Slice", [x, start.outputs[0], end, axis], name=f"{KEPT}.rows")
-    start.outputs[0].type, start.outputs[0].shape = kept.type, kept.shape
-    cut.outputs[0].type, cut.outputs[0].shape = x.type, x.shape
-    readers = [use for use in x.uses() if use.node in behind]
+    graph.like(start.outputs[0], kept)
+    graph.like(cut.outputs[0], x)
     made = x.producer()
     assert made is not None
     graph.insert_after(made, [start, cut])

@@ -34,4 +34,4 @@ def matches(pattern: str, name: str) -> bool:
     Raises:
         re.error: the pattern is not a regular expression.
     """
-    return any(re.search(pattern, candidate) for candidate in dict.fromkeys((name, *parts(name))))
+    return any(re.search(pattern, candidate) for candidate in {name, *parts(name)})

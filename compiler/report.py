@@ -148,10 +148,9 @@ def gather_report(folder: Path, against: str | None = None, progress: Progress =
             if not before:
                 names = [layer["name"] for layer in record.get("layers", [])]
                 float_names = [part for name in names for part in layer_names.parts(name)]
-                before = channel_ranges.measure(source, float_names, [feed])
-                pairs = channel_ranges.paired(before, channel_ranges.measure(model, names, [feed]))
-                before = {name: pair[0] for name, pair in pairs.items()}
-                after = {name: pair[1] for name, pair in pairs.items()}
+                before, after = channel_ranges.paired(
+                    channel_ranges.measure(source, float_names, [feed]), channel_ranges.measure(model, names, [feed])
+                )
                 origin = f"one sample of {tokens} tokens, in the float model and in the compiled one"
             compared = _compare(against, source, folder / artifact.MODEL, feed)
             advance()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import onnxruntime
 from onnx_ir.passes.common import NameFixPass
 
 from scalefold.compiler import graph
-from scalefold.compiler.errors import CalibrationError, GraphError
+from scalefold.compiler.errors import CalibrationError, GraphError, ScalefoldError
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -49,7 +51,7 @@ class Session:
         options = session_options(optimize=optimize, threads=threads, quiet=quiet)
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
+        with faults_become(partial(_cannot_load, source if isinstance(source, Path) else "the graph")):
             if isinstance(source, Path):
                 self._session = onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
             else:
@@ -62,10 +64,6 @@ class Session:
                     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                     options.add_external_initializers(list(arrays), values)
                 self._session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            if not is_from_onnxruntime(error):
-                raise
-            raise _cannot_load(source if isinstance(source, Path) else "the graph", error) from error
         self.inputs: dict[str, str] = {entry.name: entry.type for entry in self._session.get_inputs()}
         self.outputs: list[str] = (
             list(outputs) if outputs is not None else [entry.name for entry in self._session.get_outputs()]
@@ -74,16 +72,8 @@ class Session:
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one feed; inputs that the graph does not take are left out."""
         feeds = {name: feed[name] for name in self.inputs if name in feed}
-        try:
+        with faults_become(_cannot_run):
             return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
-        except Exception as error:
-            if not is_from_onnxruntime(error):
-                raise
-            raise CalibrationError(
-                f"onnxruntime cannot run the model on it ({_first_line(error)})",
-                where="a sample",
-                remedy="check that its token ids, shapes and types are ones the model takes",
-            ) from error
 
 
 def session_options(*, optimize: bool = True, threads: int = 0, quiet: bool = True) -> onnxruntime.SessionOptions:
@@ -166,12 +156,8 @@ def optimized_graph(path: Path) -> ir.Model:
             "session.optimized_model_external_initializers_file_name", "optimized.onnx.data"
         )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        try:
+        with faults_become(partial(_cannot_load, path)):
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            if not is_from_onnxruntime(error):
-                raise
-            raise _cannot_load(path, error) from error
         # Weights are not read: only the structure matters here, and the folder goes away.
         return ir.from_proto(onnx.load(str(target), load_external_data=False))
 
@@ -194,18 +180,34 @@ def unsupported_ops(model: ir.Model) -> list[str]:
     )
 
 
-def is_from_onnxruntime(error: Exception) -> bool:
-    """Whether onnxruntime raised it: each of its status codes has a private class, and those have no common one."""
-    return type(error).__module__.startswith("onnxruntime")
+@contextmanager
+def faults_become(error_of: Callable[[str], ScalefoldError]) -> Iterator[None]:
+    """Turn what onnxruntime raises into an error of ours; what others raise passes.
+
+    Each of its status codes has a private class, and those have no common one.
+
+    Args:
+        error_of: given what onnxruntime said, in one line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise error_of(" ".join(str(error).split())[:300].rstrip(". ")) from error
 
 
-def _cannot_load(where: Path | str, error: Exception) -> GraphError:
+def _cannot_load(where: Path | str, said: str) -> GraphError:
     return GraphError(
-        f"onnxruntime {onnxruntime.__version__} cannot load the graph ({_first_line(error)})",
+        f"onnxruntime {onnxruntime.__version__} cannot load the graph ({said})",
         where=str(where),
         remedy="check that its operators and opset are ones this onnxruntime has",
     )
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(". ")
+def _cannot_run(said: str) -> CalibrationError:
+    return CalibrationError(
+        f"onnxruntime cannot run the model on it ({said})",
+        where="a sample",
+        remedy="check that its token ids, shapes and types are ones the model takes",
+    )

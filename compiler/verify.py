@@ -15,6 +15,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import artifact, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
+from scalefold.compiler.decoder import ROWS
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
@@ -25,9 +26,6 @@ from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
 INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
 )
-ROWS = 64
-"""Rows of outputs that are compared at once."""
-
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
 Activation = Literal["per-tensor", "per-token", "float"]
 EFFECTS: dict[Effect, str] = {

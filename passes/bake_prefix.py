@@ -78,6 +78,7 @@ class BakePrefix:
         trials = {token: _Trial() for token in _frequent(prompts, self.candidates)}
         with ctx.progress("searching a prefix", len(prompts)) as advance:
             for ids in prompts:
+                # run a second time: the logits of all prompts together are larger than most models
                 _, wanted = _look(session, decoder, names, ids, ())
                 for token in [token for token, trial in trials.items() if trial.largest <= enough]:
                     largest, got = _look(session, decoder, names, ids, (token,))

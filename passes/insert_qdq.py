@@ -34,9 +34,9 @@ class InsertQdq:
 
     x is [..., K], W [K, N], b [N]. Per tensor, s and z are one number each: uint8, asymmetric, static, from the extremes of
     calibration, or from the range that learn-scales left on x; below 8 bits a Clip in front keeps the codes within
-    2**bits - 1. Per token, m and r are [..., 1], computed
-    from the row itself: no calibration, and no row sees another. u is within [0, 1], so one constant grid serves every row
-    and the integer kernel stays. c are the column sums of W [N]: x W = (r u + m) W = r (u W) + m c holds row by row.
+    2**bits - 1. Per token, m and r are [..., 1], computed from the row itself: no calibration, and no row sees another. u is
+    within [0, 1], so one constant grid serves every row and the integer kernel stays. c are the column sums of W [N]:
+    x W = (r u + m) W = r (u W) + m c holds row by row.
     Figures: docs/decisions/0006.
 
     Layers that read one x share its quantizer; a per-tensor and a per-token layer have one each.

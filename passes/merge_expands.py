@@ -72,9 +72,5 @@ def _merge(model: ir.Model, group: Sequence[ir.Node]) -> ir.Node:
     )
     graph.insert_before(first, [expand, split])
     for node, piece in zip(group, split.outputs, strict=True):
-        old = node.outputs[0]
-        graph.like(piece, old)
-        wanted = old.name
-        graph.bypass(old, piece)
-        old.name, piece.name = f"{wanted}_alone", wanted
+        graph.stand_in(node.outputs[0], piece)
     return split

@@ -102,9 +102,6 @@ def _merge(model: ir.Model, group: Sequence[Linear], name: str) -> ir.Node:
     graph.insert_before(first.matmul, [*made, split])
     made[-1].outputs[0].name = f"{name}.out"
     for layer, piece in zip(group, split.outputs, strict=True):
-        graph.like(piece, layer.y)
-        wanted = layer.y.name
-        graph.bypass(layer.y, piece)
-        layer.y.name, piece.name = f"{wanted}_alone", wanted
+        graph.stand_in(layer.y, piece)
     graph.sweep(model)
     return matmul

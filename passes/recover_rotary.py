@@ -48,11 +48,8 @@ class RecoverRotary:
                 continue
             cos, sin = (_half(table, halves) for table in tables)
             rotary = ir.node("RotaryEmbedding", [x, cos, sin], name=f"{add.name or add.outputs[0].name}.rotary")
-            graph.like(rotary.outputs[0], add.outputs[0])
             graph.insert_after(add, [rotary])
-            name = add.outputs[0].name
-            graph.bypass(add.outputs[0], rotary.outputs[0])
-            add.outputs[0].name, rotary.outputs[0].name = f"{name}_sum", name
+            graph.stand_in(add.outputs[0], rotary.outputs[0])
             rewrites.append(Event(rotary, "rotated by halves"))
         if rewrites:
             graph.sweep(model)
