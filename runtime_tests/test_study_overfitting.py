@@ -60,6 +60,14 @@ def study_layers(model: ir.Model) -> list[ir.Node]:
     return found
 
 
+def test_a_file_to_tune_on_is_judged_on_lines_that_were_not_tuned_on(tmp_path: Path) -> None:
+    path = tmp_path / "new.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(100)))
+    tuned, judged = study.parted(path)
+    assert tuned + judged == path.read_text() and tuned.endswith("\n")
+    assert 70 < len(tuned.splitlines()) < 80
+
+
 def test_the_sentences_follow_from_the_figures() -> None:
     assert study.sentences(ROWS, "prose") == [
         "QAT at 8 bits: -10.0% to float in prose, +50.0% in code, the worst outside it; it loses outside its domain.",

@@ -12,7 +12,9 @@ seen. Embeddings stay float.
     Quadapter 1+2    the same, then end to end on the next token, as QAT does
 
 The domains are those of the in-house models (prose, code and tables that every Python installation carries); --data adds
-files to judge on. Results go to -o: overfitting.json, overfitting.md and overfitting.svg.
+files to judge on. The float model knows those three. --tune-on takes a file in their place, a domain that is new to it, as
+the published experiment does: its first three quarters are calibrated and tuned on, its last is judged on.
+Results go to -o: overfitting.json, overfitting.md and overfitting.svg.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Plan:
     """What is studied, and how much of everything.
 
     Attributes:
-        domain: what is calibrated and tuned on.
+        domain: what is calibrated and tuned on; the stem of a file's name when that is `tune_on`.
+        tune_on: a file of text that stands for the domain.
         bits: of weights and activations.
         methods: by name.
         window: tokens of a window.
@@ -77,6 +80,7 @@ class Plan:
     """
 
     domain: str = "prose"
+    tune_on: Path | None = None
     bits: tuple[int, ...] = (8, 6)
     methods: tuple[str, ...] = (MINMAX, OSPLUS, QAT, MIGRATED_QAT, BLOCKS, BOTH)
     window: int = 256
@@ -238,9 +242,12 @@ def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> li
         judged = {
             name: windows(model, tokenizer, list(tiny.held_out(name)), plan, plan.judged) for name in tiny.DOMAINS
         }
+        if plan.tune_on is not None:
+            judged[plan.domain] = windows(model, tokenizer, [parted(plan.tune_on)[1]], plan, plan.judged)
         for path in data:
             judged[path.stem] = windows(model, tokenizer, [path.read_text(encoding="utf-8")], plan, plan.judged)
-        feeds = windows(model, tokenizer, tiny.passages(plan.domain), plan, plan.calibrated)
+        passages = tiny.passages(plan.domain) if plan.tune_on is None else [parted(plan.tune_on)[0]]
+        feeds = windows(model, tokenizer, passages, plan, plan.calibrated)
         calibration = calibrate.Calibration(lambda: iter(feeds), len(feeds), plan.domain)
 
         def measure(current: ir.Model, requests: Requests) -> dict[str, Statistic]:
@@ -254,6 +261,13 @@ def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> li
                 rows.append(Row(method, bits, learned, {name: perplexity(made, held) for name, held in judged.items()}))
                 console.print(f"{method}, {bits} bits: " + _figures(rows[-1]))
     return rows
+
+
+def parted(path: Path) -> tuple[str, str]:
+    """The text to tune on and the text to judge on."""
+    text = path.read_text(encoding="utf-8")
+    cut = text.rfind("\n", 0, len(text) * 3 // 4) + 1
+    return text[:cut], text[cut:]
 
 
 def _figures(row: Row) -> str:
@@ -347,7 +361,9 @@ def main() -> None:
     parser.add_argument(
         "--model", default="gpt2-tiny-outliers", help="a reference decoder, or a folder with a tokenizer"
     )
-    parser.add_argument("--domain", default=Plan.domain, choices=tiny.DOMAINS, help="what is tuned on; default prose")
+    domain = parser.add_mutually_exclusive_group()
+    domain.add_argument("--domain", default=Plan.domain, choices=tiny.DOMAINS, help="what is tuned on; default prose")
+    domain.add_argument("--tune-on", type=Path, metavar="FILE", help="a text to tune and judge on instead")
     parser.add_argument(
         "--bits", type=int, nargs="+", default=Plan.bits, help="of weights and activations; default 8 6"
     )
@@ -360,7 +376,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = Plan(
-        domain=options.domain,
+        domain=options.domain if options.tune_on is None else options.tune_on.stem,
+        tune_on=options.tune_on,
         bits=tuple(options.bits),
         methods=tuple(options.methods),
         window=options.window,
@@ -378,7 +395,7 @@ def main() -> None:
 def write(rows: Sequence[Row], plan: Plan, folder: Path) -> None:
     """The figures, the table and the plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+    content = {"plan": asdict(plan) | {"tune_on": str(plan.tune_on or "")}, "rows": [asdict(row) for row in rows]}
     (folder / "overfitting.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "overfitting.md").write_text(table(rows, plan.domain), encoding="utf-8")
     (folder / "overfitting.svg").write_text(plot(rows, plan.domain), encoding="utf-8")
