@@ -259,7 +259,7 @@ def compile_model(
         if goal is not None:
             pipeline = run.choose(goal, scratch / "search")
         run.apply(pipeline.quantize)
-        run.compare_layers()
+        run.compare_layers(scratch)
         run.judge()
         run.apply(pipeline.lower)
         return run.write(scratch / "result", place, allow_float)
@@ -391,13 +391,12 @@ class _Run:
         with self._stage("channel ranges"):
             self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
 
-    def compare_layers(self) -> None:
+    def compare_layers(self, folder: Path) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         self._measure_ranges()
         with self._stage("compare layers"), self.progress("comparing layers", 1) as advance:
-            self.layer_sqnr = verify.layer_sqnr(
-                self.tamed, self.source.model, [first_tokens(feed, COMPARED) for feed in self.held_out]
-            )
+            feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
+            self.layer_sqnr = verify.layer_sqnr(self.tamed, self.source.model, feeds, folder)
             advance()
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
@@ -412,10 +411,9 @@ class _Run:
             kernels = verify.layer_kernels(stage / artifact.MODEL, weight_only=self.recipe.activations is None)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
+            expected = verify.kept_outputs(self.original, _results(self.original), self.held_out, stage.parent)
             session = Session(stage / artifact.MODEL)
-            outputs = verify.fidelity(
-                Session(self.original, outputs=_results(self.original), lean=True), session, self.held_out
-            )
+            outputs = verify.fidelity(expected, session, self.held_out)
             rows = verify.rounds_rows(kernels)
             gates = run_gates(self.source.model, session, self.held_out[0], rounds_rows=rows)
             del session

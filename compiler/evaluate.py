@@ -11,6 +11,7 @@ fidelity        cosine and error of every output against the float model
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -537,7 +538,8 @@ def compare_on_text(
             where="the float model",
             remedy="give the model that the folder was compiled from",
         )
-    return fidelity(Session(original, lean=True), session, feeds())
+    first, second = itertools.tee(feeds())
+    return fidelity(map(Session(original, lean=True).run, first), session, second)
 
 
 METRICS: dict[str, Callable[[Request], Facts]] = {

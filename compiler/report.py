@@ -185,7 +185,7 @@ def _compare(name: str, source: ir.Model, path: Path, feed: Feed) -> FloatModel:
     compiled = Session(path)
     results = [entry for entry in every if entry in compiled.outputs and entry not in cache]
     original = Session(source, outputs=results)
-    outputs = verify.fidelity(original, compiled, [feed])
+    outputs = verify.fidelity([original.run(feed)], compiled, [feed])
     return FloatModel(name, _seconds(original, feed), _seconds(compiled, feed), tuple(outputs))
 
 

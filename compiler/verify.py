@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -266,16 +266,50 @@ def _by_node_name(optimized: ir.Model, node: ir.Node) -> ir.Node | None:
     return next((entry for entry in readers if node.name and node.name in _names(entry)), None)
 
 
-def fidelity(expected: Session, actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:
-    """Compare the float outputs of two models over feeds, padding left out; one feed's outputs are held at a time."""
+def fidelity(expected: Iterable[Mapping[str, Array]], actual: Session, feeds: Iterable[Feed]) -> list[Fidelity]:
+    """Compare the float outputs of two models over feeds, padding left out; one feed's outputs are held at a time.
+
+    Args:
+        expected: the outputs of the one for each feed, by name.
+        actual: the other.
+        feeds: what both are run on.
+    """
     sums: dict[str, _Sums] = {}
-    for feed in feeds:
-        mask = padding_mask(feed)
-        wanted, got = expected.run(feed), actual.run(feed)
+    for wanted, feed in zip(expected, feeds, strict=True):
+        mask, got = padding_mask(feed), actual.run(feed)
         for name in wanted:
             if name in got and got[name].dtype.kind == "f":
                 sums.setdefault(name, _Sums()).add(rows_of(wanted[name], mask), rows_of(got[name], mask))
+        del wanted, got  # logits are as wide as a vocabulary: not those of two feeds at a time
     return [entry.fidelity(name) for name, entry in sums.items()]
+
+
+def kept_outputs(
+    model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], folder: Path
+) -> Iterator[dict[str, Array]]:
+    """Run a float model, close it, and give what it gave, feed by feed: two models need not be open at a time.
+
+    Args:
+        model: the graph.
+        names: the values to return.
+        feeds: what it is run on, at once.
+        folder: where the outputs lie until they are asked for.
+    """
+    session, paths = Session(model, outputs=names, lean=True), []
+    for index, feed in enumerate(feeds):
+        paths.append(folder / f"outputs{index}.npz")
+        # by number: numpy makes file names of keys, and values may have slashes in theirs
+        np.savez(paths[-1], *session.run(feed).values())
+    return _given(paths, names)
+
+
+def _given(paths: Sequence[Path], names: Sequence[str]) -> Iterator[dict[str, Array]]:
+    for path in paths:
+        with np.load(path) as archive:
+            arrays = list(archive.values())
+        path.unlink()
+        yield dict(zip(names, arrays, strict=True))
+        del arrays
 
 
 class _Sums:
@@ -314,10 +348,16 @@ def _decibels(signal: float, noise: float) -> float:
     return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-30) / noise)))
 
 
-def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -> dict[str, float]:
+def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed], folder: Path) -> dict[str, float]:
     """SQNR in dB of every linear layer's output in a graph of QDQ form against the float graph.
 
     Values are matched by name, which the passes up to the QDQ form keep.
+
+    Args:
+        original: the float graph.
+        quantized: the QDQ graph.
+        feeds: what both are run on.
+        folder: see `kept_outputs`.
     """
     outputs = {
         matmul.name or "": _layer_output(matmul)
@@ -329,15 +369,16 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed]) -
     if not outputs:
         return {}
     names = sorted(set(outputs.values()))
-    expected, actual = Session(original, outputs=names, lean=True), Session(quantized, outputs=names, lean=True)
+    expected = kept_outputs(original, names, feeds, folder)
+    actual = Session(quantized, outputs=names, lean=True)
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for feed in feeds:
-        mask = padding_mask(feed)
-        wanted, got = expected.run(feed), actual.run(feed)
+    for wanted, feed in zip(expected, feeds, strict=True):
+        mask, got = padding_mask(feed), actual.run(feed)
         for name in names:
             reference = rows_of(wanted[name], mask)
             signal[name] += float(np.square(reference, dtype=np.float64).sum())
             noise[name] += float(np.square(rows_of(got[name], mask) - reference, dtype=np.float64).sum())
+        del wanted, got
     return {layer: _decibels(signal[value], noise[value]) for layer, value in outputs.items()}
 
 

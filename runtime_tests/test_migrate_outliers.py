@@ -495,7 +495,7 @@ def test_the_float_function_is_kept_to_rounding_on_samples_that_were_not_searche
     model = block(POST_LN)
     changed, _ = migrated(model)
     fresh: list[Feed] = [{"x": np.random.default_rng(99).standard_normal((3, 5, WIDE)).astype(np.float32)}]
-    (fidelity,) = verify.fidelity(Session(model), Session(changed), fresh)
+    (fidelity,) = verify.fidelity(map(Session(model).run, fresh), Session(changed), fresh)
     assert fidelity.sqnr_db > 90
 
 

@@ -282,7 +282,7 @@ def test_fidelity_is_what_is_worked_out_by_hand() -> None:
     exact = Session(model_of("zero = Sub(x, x) y = Add(zero, c)"))
     off = Session(model_of("zero = Sub(x, x) near = Add(c, e) y = Add(zero, near)"))
     feed: Feed = {"x": np.ones((1, 3, 2), dtype=np.float32), "attention_mask": np.ones((1, 3), dtype=np.int64)}
-    (found,) = verify.fidelity(exact, off, [feed, feed])
+    (found,) = verify.fidelity([exact.run(feed)] * 2, off, [feed] * 2)
     cosine = 21 / (5 * 18**0.5)
     assert (found.name, found.max_error) == ("y", 1.0)
     assert (found.mean_cosine, found.min_cosine) == pytest.approx((cosine, cosine), abs=1e-6)
@@ -292,9 +292,11 @@ def test_fidelity_is_what_is_worked_out_by_hand() -> None:
 def test_fidelity_leaves_padding_out() -> None:
     same, noisy = Session(model_of("y = Identity(x)")), Session(model_of("y = Mul(x, x)"))
     x = np.array([[[1.0, 1.0], [7.0, 5.0]]], dtype=np.float32)
-    (padded,) = verify.fidelity(same, noisy, [{"x": x, "attention_mask": np.array([[1, 0]])}])
+    feed: Feed = {"x": x, "attention_mask": np.array([[1, 0]])}
+    (padded,) = verify.fidelity([same.run(feed)], noisy, [feed])
     assert (padded.max_error, padded.sqnr_db) == (0.0, 200.0)
-    (whole,) = verify.fidelity(same, noisy, [{"x": x, "attention_mask": np.array([[1, 1]])}])
+    feed = {"x": x, "attention_mask": np.array([[1, 1]])}
+    (whole,) = verify.fidelity([same.run(feed)], noisy, [feed])
     assert whole.max_error == 42.0
 
 
@@ -331,7 +333,7 @@ def test_codes_stored_as_rows_are_checked_as_columns(codes: tuple[int, int], sat
     assert verify.saturating_layers(model) == (["lm_head"] if saturates else [])
 
 
-def test_the_sqnr_of_a_per_token_layer_is_that_of_its_restored_output() -> None:
+def test_the_sqnr_of_a_per_token_layer_is_that_of_its_restored_output(tmp_path: Path) -> None:
     text = """<ir_version: 10, opset_import: ["" : 20]>
     model (float[b, t, 3] x) => (float[b, t, 3] y)
     <float[3, 3] w = {0.5, -1.0, 2.0, 1.0, 0.25, -0.5, 1.5, 2.0, -1.0}, float[3] c = {1.0, -2.0, 0.5}>
@@ -341,7 +343,8 @@ def test_the_sqnr_of_a_per_token_layer_is_that_of_its_restored_output() -> None:
     QuantizeWeights().run(model, Context())
     InsertQdq(granularity="per-token").run(model, Context())
     rows = np.random.default_rng(0).standard_normal((1, 50, 3)) * 10 ** np.linspace(-3, 3, 50)[:, None]
-    found = verify.layer_sqnr(original, model, [{"x": rows.astype(np.float32)}])
+    found = verify.layer_sqnr(original, model, [{"x": rows.astype(np.float32)}] * 2, tmp_path)
+    assert not list(tmp_path.iterdir()), "float outputs are not left behind"
     assert set(found) == {"first", "second"}
     assert all(sqnr > 35 for sqnr in found.values()), found
 
