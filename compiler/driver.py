@@ -37,6 +37,7 @@ from scalefold.compiler.errors import CalibrationError, GraphError, PatternError
 from scalefold.compiler.export import SENTENCE_FILES, export_model
 from scalefold.compiler.gates import Gate, run_gates
 from scalefold.compiler.intake import clean, read_onnx
+from scalefold.compiler.last_logits import output_layer_input
 from scalefold.compiler.layer_formats import formats_of
 from scalefold.compiler.mixed_precision import Goal, Search, judged, search
 from scalefold.compiler.protocol import (
@@ -296,6 +297,7 @@ class _Run:
         self.layer_sqnr: dict[str, float] = {}
         self.ranges: list[channel_ranges.Ranges] = []
         self.search: Search | None = None
+        self.output_layer_input: str | None = None
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -405,6 +407,7 @@ class _Run:
         stage.mkdir()
         with self.clock.stage("write"):
             artifact.save_model(self.source.model, stage)
+            self.output_layer_input = output_layer_input(self.source.model)
             self._add_sidecars(stage)
             channel_ranges.write(stage, *self.ranges)
         with self.clock.stage("verify"), self.progress("verifying", 3) as advance:
@@ -481,7 +484,8 @@ class _Run:
         content = asdict(report)
         for name in ("output", "load_seconds", "seconds", "peak_bytes", "export_peak_bytes", "search"):
             del content[name]
-        return {"schema_version": 1, **content, "recipe": self.recipe.model_dump(mode="json"), "tools": _versions()}
+        content |= {"output_layer_input": self.output_layer_input, "recipe": self.recipe.model_dump(mode="json")}
+        return {"schema_version": 1, **content, "tools": _versions()}
 
     def _add_sidecars(self, stage: Path) -> None:
         for name in SIDECARS:

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from scalefold.compiler.artifact import MODEL
+from scalefold.compiler.artifact import MODEL, RECORD, read_record
 from scalefold.compiler.calibrate import read_tokenizer
 from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.last_logits import KEPT, cut_logits
-from scalefold.compiler.runtime import Array, Session, faults_become
+from scalefold.compiler.runtime import Array, Message, Session, faults_become
 
 Cache = Mapping[str, onnxruntime.OrtValue]
 Choose = Callable[[Array, Array], Array]
@@ -113,9 +115,13 @@ class CachedSession(Session):
     """
 
     def __init__(self, model: Path, *, threads: int = 0, as_it_is: bool = False) -> None:
-        source = model if as_it_is else read_onnx(model)
-        self._cuts_logits = not isinstance(source, Path) and cut_logits(source)
-        super().__init__(source, threads=threads, quiet=False)
+        reads = None if as_it_is else _output_layer_input(model.parent)
+        try:
+            super().__init__(model if reads is None else _cut(model, reads), threads=threads, quiet=False)
+        except (GraphError, DecodeError):
+            read_onnx(model)  # knows better what is wrong with the file
+            raise
+        self._cuts_logits = reads is not None
         self.decoder = decoder_of(self, str(model))
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
@@ -146,6 +152,20 @@ class CachedSession(Session):
             logits, *grown = self._session.run_with_ort_values([LOGITS, *self.decoder.outputs.values()], feed)
         found = logits.numpy()
         return found[:, -1:] if last else found, dict(zip(self.decoder.outputs, grown, strict=True))
+
+
+def _output_layer_input(folder: Path) -> str | None:
+    """What the output layer reads where it can be cut, as the record of a compiled folder has it."""
+    if not (folder / RECORD).is_file():
+        return None
+    found = read_record(folder).get("output_layer_input")
+    return found if isinstance(found, str) else None
+
+
+def _cut(path: Path, reads: str) -> Message:
+    model = onnx.load(str(path), load_external_data=False)
+    cut_logits(model, reads)
+    return Message(model.SerializeToString(), path.parent)
 
 
 def _cannot_run(said: str) -> SourceError:

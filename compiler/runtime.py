@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,24 @@ INLINE_BYTES = 1024
 """Initializers larger than this are handed to onnxruntime by reference instead of through protobuf."""
 
 
+@dataclass(frozen=True)
+class Message:
+    """A model as protobuf.
+
+    Attributes:
+        content: the message.
+        folder: where its external data is.
+    """
+
+    content: bytes
+    folder: Path
+
+
 class Session:
     """An onnxruntime session whose outputs come back by name.
 
     Args:
-        source: a graph, or the path of a model file.
+        source: a graph, the path of a model file, or what such a file holds.
         outputs: names of extra values of the graph to return; all of the graph's own outputs when None.
         optimize: False runs the graph as it is written, without onnxruntime's fusions.
         threads: intra-op threads; 0 lets onnxruntime choose.
@@ -40,7 +54,7 @@ class Session:
 
     def __init__(
         self,
-        source: ir.Model | Path,
+        source: ir.Model | Path | Message,
         *,
         outputs: Sequence[str] | None = None,
         optimize: bool = True,
@@ -55,7 +69,12 @@ class Session:
             if isinstance(source, Path):
                 self._session = onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
             else:
-                payload, arrays, folder = serialize(source, outputs)
+                arrays: dict[str, Array] = {}
+                folder: Path | None
+                if isinstance(source, Message):
+                    payload, folder = source.content, source.folder
+                else:
+                    payload, arrays, folder = serialize(source, outputs)
                 if folder is not None:
                     options.add_session_config_entry(
                         "session.model_external_initializers_file_folder_path", str(folder)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from scalefold.compiler import artifact
 from scalefold.compiler.decoder import LOGITS, decoder_of
 from scalefold.compiler.generate import CachedSession
-from scalefold.compiler.last_logits import KEPT, cut_logits
-from scalefold.compiler.runtime import Session
+from scalefold.compiler.last_logits import KEPT, cut_logits, output_layer_input
+from scalefold.compiler.runtime import Message, Session
 from scalefold.compiler.testing import assert_same_graph, parse
 
 HEAD = """<ir_version: 10, opset_import: ["" : 20]>
@@ -30,10 +31,18 @@ AFTER = HEAD.replace("KEPT", ", int64[1] logits_to_keep = {9223372036854775807}"
 
 def test_the_output_layer_reads_the_last_tokens() -> None:
     model = parse(BEFORE + "y = MatMul(x, w)  logits = Add(y, c) }")
-    assert cut_logits(model)
     after = AFTER + "z = Neg(logits_to_keep)  r = Slice(x, z, end, axis)  y = MatMul(r, w)  logits = Add(y, c) }"
-    assert_same_graph(model, parse(after))
-    assert not cut_logits(model)
+    message = cut(model)
+    onnx.checker.check_model(message)
+    assert_same_graph(ir.from_proto(message), parse(after))
+
+
+def cut(model: ir.Model) -> onnx.ModelProto:
+    """A model with its logits cut, as a message."""
+    name, message = output_layer_input(model), ir.to_proto(model)
+    assert name is not None and isinstance(message, onnx.ModelProto)
+    cut_logits(message, name)
+    return message
 
 
 @pytest.mark.parametrize(
@@ -47,18 +56,19 @@ def test_the_output_layer_reads_the_last_tokens() -> None:
     ids=["what it reads makes another output", "no product makes the logits", "no cache"],
 )
 def test_what_cannot_be_cut_is_left(body: str) -> None:
-    model = parse(body)
-    assert not cut_logits(model)
-    assert_same_graph(model, parse(body))
+    assert output_layer_input(parse(body)) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[str, ir.Model], family: str) -> None:
-    model = decoder_models[family].clone()
+def test_a_decoder_gives_as_many_logits_as_are_asked_for(
+    decoder_models: dict[str, ir.Model], tmp_path: Path, family: str
+) -> None:
+    model = decoder_models[family]
     feed = decoder_of(model).prompt_feed(np.arange(10).reshape(2, 5) + 7)
     wanted = Session(model).run(feed)
-    assert cut_logits(model)
-    session = Session(model)
+    artifact.save_model(model.clone(), tmp_path)
+    saved = ir.load(tmp_path / artifact.MODEL)
+    session = Session(Message(cut(saved).SerializeToString(), tmp_path))
     assert all(np.array_equal(wanted[name], found) for name, found in session.run(feed).items())
     raw: onnxruntime.InferenceSession = session._session
     assert KEPT not in {entry.name for entry in raw.get_inputs()}
@@ -68,7 +78,9 @@ def test_a_decoder_gives_as_many_logits_as_are_asked_for(decoder_models: dict[st
 
 
 def test_generation_asks_for_the_last_logits_alone(decoder_models: dict[str, ir.Model], tmp_path: Path) -> None:
-    artifact.save_model(decoder_models["llama"].clone(), tmp_path)
+    model = decoder_models["llama"].clone()
+    artifact.save_model(model, tmp_path)
+    artifact.write_json(tmp_path / artifact.RECORD, {"output_layer_input": output_layer_input(model)})
     session = CachedSession(tmp_path / artifact.MODEL)
     ids, cache = np.arange(10).reshape(2, 5) + 7, session.hold(session.decoder.empty_cache(2))
     every, _ = session.step(ids, None, cache)
