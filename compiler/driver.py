@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -717,9 +717,7 @@ def _release_memory(*models: ir.Model) -> None:
     gc.collect()
     for model in models:
         for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                with suppress(BufferError):  # still in use: it goes with the array that uses it
-                    value.const_value.release()
+            graph.unmap(value)
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

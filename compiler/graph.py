@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,13 @@ def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) 
     )
     model.graph.register_initializer(value)
     return value
+
+
+def unmap(value: ir.Value) -> None:
+    """Give back the memory of a constant that lies in a file and has been read; it is read again when it is needed."""
+    if isinstance(value.const_value, ir.ExternalTensor):
+        with suppress(BufferError):  # still in use: it goes with the array that uses it
+            value.const_value.release()
 
 
 def unique_name(model: ir.Model, name: str) -> str:

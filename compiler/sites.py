@@ -263,6 +263,7 @@ class _Swap:
         node.replace_input_with(index, new)
         if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
             self._model.graph.initializers.pop(old.name or "", None)
+            graph.unmap(old)  # other graphs may have it too
 
     def bias(self, layer: Linear, change: Callable[[Exact], Exact]) -> None:
         """Give `layer` another bias, and an Add where it had none."""
