@@ -61,6 +61,16 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-12x768": ("Bert", {}),
     "gpt2-124m": ("GPT2", {}),
     "opt-125m": ("OPT", {}),
+    "opt-1.3b": (
+        "OPT",
+        {
+            "hidden_size": 2048,
+            "word_embed_proj_dim": 2048,
+            "ffn_dim": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+        },
+    ),
 }
 """Models of real sizes whose weights are random: the architecture, and what differs from transformers' defaults."""
 INTEGER_MATMULS = (
@@ -590,7 +600,7 @@ def _decoder_source(model: str, folder: Path) -> tuple[Path, list[str]]:
 
     lines = default_running_text().splitlines()
     if model in RANDOM:
-        return _random_model(model, folder), lines
+        return random_model(model, folder), lines
     if model not in reference_models():
         return Path(model), lines
     module = importlib.import_module(f"scalefold.models.{model.removesuffix('-outliers').replace('-', '_')}")
@@ -651,13 +661,13 @@ def _export(source: Path, work: Workspace, task: str) -> None:
 def _source(model: str, folder: Path) -> Path:
     """What to export: a reference model, a random one of `RANDOM` made in `folder`, or the user's own folder."""
     if model in RANDOM:
-        return _random_model(model, folder)
+        return random_model(model, folder)
     from scalefold.models import minilm
 
     return minilm.build() if model == "minilm" else Path(model)
 
 
-def _random_model(model: str, folder: Path) -> Path:
+def random_model(model: str, folder: Path) -> Path:
     """A model of real sizes with random weights of a fixed seed, and a tokenizer that its vocabulary holds."""
     import torch
     import transformers
