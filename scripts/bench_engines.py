@@ -6,6 +6,7 @@ onnxruntime's. An encoder is a function from a feed to its first output. A decod
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -36,6 +37,19 @@ class Decoder(Protocol):
 
     def logits(self, ids: Array) -> Array:
         """The logits [S,V] of one sequence [S] behind an empty cache."""
+
+
+def bring_in(engine: str) -> None:
+    """Import what an engine needs, which is no part of loading a model."""
+    modules = {
+        "onnxruntime": ("onnxruntime", "scalefold.compiler.generate"),
+        "openvino": ("openvino",),
+        "ctranslate2": ("ctranslate2",),
+        "llama.cpp": ("llama_cpp",),
+        "genai": ("onnxruntime_genai",),
+    }
+    for name in modules[engine]:
+        importlib.import_module(name)
 
 
 def encoder(engine: str, model: Path, threads: int) -> tuple[Encode, Any]:

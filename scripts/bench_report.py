@@ -91,7 +91,8 @@ def median(row: bench_turns.Row, shape: str) -> float:
 
 def sizes(row: bench_turns.Row) -> list[str]:
     """Load time, peak memory and file size."""
-    return [f"{row.load_seconds:.2f}", f"{row.peak_mb:.0f}", f"{row.built.size_mb:.1f}"] if row.turns else ["", "", ""]
+    figures = (f"{row.load_seconds:.2f}", f"{row.held_mb:.0f}", f"{row.peak_mb:.0f}", f"{row.built.size_mb:.1f}")
+    return [figure if row.turns else "" for figure in figures]
 
 
 def optional(value: float | None, form: str) -> str:

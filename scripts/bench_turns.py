@@ -36,6 +36,9 @@ class Row:
 
     Attributes:
         turns: for each shape the seconds per run of every turn.
+        load_seconds: until it is ready, its packages imported before.
+        held_mb: resident memory that loading took.
+        peak_mb: of the process.
         failure: why it stopped, or never started.
         integer_matmuls: matrix products that run on integers; None where the engine does not say.
         cosine: mean cosine of its outputs with float's.
@@ -49,6 +52,7 @@ class Row:
     built: contenders.Built
     turns: dict[str, list[float]] = field(default_factory=dict)
     load_seconds: float = 0.0
+    held_mb: float = 0.0
     peak_mb: float = 0.0
     failure: str | None = None
     integer_matmuls: int | None = None
@@ -208,7 +212,8 @@ def take_turns(
                 continue
             server = stack.enter_context(started(command))
             try:
-                row.load_seconds = server.receive()["load_seconds"]
+                answer = server.receive()
+                row.load_seconds, row.held_mb = answer["load_seconds"], answer["held_mb"]
                 server.signal(signal.SIGSTOP)
                 servers.append((row, server))
             except contenders.StepError as failure:

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,7 @@ INTEGER_MATMULS = (
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -868,14 +869,21 @@ def _cosine(contender: Contender, work: Workspace, rows: Array) -> float:
 
 def serve(contender: Contender, work: Workspace, threads: int) -> None:
     """Answer every line `BATCHxLENGTH SECONDS` with the seconds per run over at least that many seconds."""
-    start = time.perf_counter()
-    infer, _ = bench_engines.encoder(contender.engine, work.model(contender), threads)
-    _say(load_seconds=time.perf_counter() - start)
+    infer, _ = _loaded(contender, partial(bench_engines.encoder, contender.engine, work.model(contender), threads))
     names = list(read_feeds(work.feeds)[0])
     for line in sys.stdin:
         shape, least = line.split()
         feed = random_feed(names, *map(int, shape.split("x")))
         _say(seconds=_repeated(partial(_timed, infer, feed), float(least)), peak_mb=_peak_mb())
+
+
+def _loaded(contender: Contender, load: Callable[[], Opened]) -> Opened:
+    """What an engine loads; says how long that took and how much memory it holds since."""
+    bench_engines.bring_in(contender.engine)
+    before, start = _status_mb("VmRSS"), time.perf_counter()
+    opened = load()
+    _say(load_seconds=time.perf_counter() - start, held_mb=_status_mb("VmRSS") - before)
+    return opened
 
 
 def _timed(infer: bench_engines.Encode, feed: Feed) -> float:
@@ -925,9 +933,7 @@ def decode(contender: Contender, work: Workspace, threads: int) -> None:
     `1x512+0` runs a prompt of 512 tokens. `8x16+64` runs eight prompts of 16 and then their 64 likeliest tokens one by one,
     and only those are timed.
     """
-    start = time.perf_counter()
-    opened = bench_engines.decoder(contender.engine, work.model(contender), threads)
-    _say(load_seconds=time.perf_counter() - start)
+    opened = _loaded(contender, partial(bench_engines.decoder, contender.engine, work.model(contender), threads))
     ids = read_feeds(work.feeds)[0]["input_ids"]
     for line in sys.stdin:
         task, least = line.split()
@@ -958,8 +964,11 @@ def random_feed(names: list[str], batch: int, length: int) -> Feed:
 
 def _peak_mb() -> float:
     """Peak resident memory of this process since it started its program, or of its largest child."""
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    return max(int(status.split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1e3
+    return max(_status_mb("VmHWM"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3)
+
+
+def _status_mb(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1e3
 
 
 def _say(**answer: Any) -> None:
