@@ -24,10 +24,10 @@ def output_layer_input(model: ir.Model) -> str | None:
         model: a float or a lowered graph.
 
     Returns:
-        None where the output layer cannot be told, or what it reads makes other outputs too.
+        None where the output layer cannot be told, what it reads makes other outputs too, or there is such an input.
     """
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
-    if logits is None or not is_decoder(model):
+    if logits is None or not is_decoder(model) or any(value.name == KEPT for value in model.graph.inputs):
         return None
     head = next((node for node in reversed(graph.nodes(model, *PRODUCTS)) if _makes(node, logits)), None)
     x = float_input(head) if head is not None else None

@@ -52,8 +52,9 @@ def cut(model: ir.Model) -> onnx.ModelProto:
         BEFORE.replace("i = MatMul(h, u)", "i = Exp(h)") + "y = Concat<axis = 2>(x, x, x, x) logits = Relu(y) }",
         BEFORE.replace("past_key_values.0.key", "before").replace("present.0.key", "after")
         + "y = MatMul(x, w)  logits = Add(y, c) }",
+        AFTER + "y = MatMul(x, w)  z = Add(y, c)  logits = Slice(z, logits_to_keep, end, axis) }",
     ],
-    ids=["what it reads makes another output", "no product makes the logits", "no cache"],
+    ids=["what it reads makes another output", "no product makes the logits", "no cache", "cut already"],
 )
 def test_what_cannot_be_cut_is_left(body: str) -> None:
     assert output_layer_input(parse(body)) is None
