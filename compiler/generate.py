@@ -115,13 +115,13 @@ class CachedSession(Session):
     """
 
     def __init__(self, model: Path, *, threads: int = 0, as_it_is: bool = False) -> None:
-        reads = None if as_it_is else _output_layer_input(model.parent)
         try:
-            super().__init__(model if reads is None else _cut(model, reads), threads=threads, quiet=False)
-        except (GraphError, DecodeError):
+            source = model if as_it_is else _cut(model)
+            super().__init__(source, threads=threads, quiet=False)
+        except (GraphError, DecodeError, OSError):
             read_onnx(model)  # knows better what is wrong with the file
             raise
-        self._cuts_logits = reads is not None
+        self._cuts_logits = isinstance(source, Message)
         self.decoder = decoder_of(self, str(model))
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
@@ -162,10 +162,13 @@ def _output_layer_input(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _cut(path: Path, reads: str) -> Message:
+def _cut(path: Path) -> Message | Path:
+    """A model that can be asked for the last logits alone, or the file as it is where it is not known how."""
+    reads = _output_layer_input(path.parent)
+    if reads is None:
+        return path
     model = onnx.load(str(path), load_external_data=False)
-    cut_logits(model, reads)
-    return Message(model.SerializeToString(), path.parent)
+    return Message(model.SerializeToString(), path.parent) if cut_logits(model, reads) else path
 
 
 def _cannot_run(said: str) -> SourceError:

@@ -43,8 +43,8 @@ def _makes(product: ir.Node, logits: ir.Value) -> bool:
     return made is logits or any(logits in node.outputs for node in graph.descendants(made))
 
 
-def cut_logits(model: onnx.ModelProto, reads: str) -> None:
-    """Let a decoder compute the logits of its last n tokens.
+def cut_logits(model: onnx.ModelProto, reads: str) -> bool:
+    """Let a decoder compute the logits of its last n tokens, and say whether the graph has what they are computed from.
 
     before:  logits [B,S,V] = head(x)                 x [B,S,H]
     after:   logits [B,n,V] = head(x[:, -n:])         n: `logits_to_keep`, int64 [1]; all tokens where it is not fed
@@ -58,7 +58,9 @@ def cut_logits(model: onnx.ModelProto, reads: str) -> None:
         reads: x, from `output_layer_input`.
     """
     nodes = model.graph.node
-    place = next(index for index, node in enumerate(nodes) if reads in node.output)
+    place = next((index for index, node in enumerate(nodes) if reads in node.output), None)
+    if place is None:
+        return False
     start, rows, end, axis = (f"{KEPT}.{part}" for part in ("start", "rows", "end", "axis"))
     behind = {rows}
     for node in nodes[place + 1 :]:
@@ -74,3 +76,4 @@ def cut_logits(model: onnx.ModelProto, reads: str) -> None:
         # onnxruntime shares buffers of equal shape, and tells by the names of dimensions
         if value.name in behind and len(value.type.tensor_type.shape.dim) == 3:
             value.type.tensor_type.shape.dim[1].dim_param = KEPT
+    return True

@@ -10,6 +10,7 @@ import pytest
 
 from scalefold.compiler import artifact
 from scalefold.compiler.decoder import LOGITS, decoder_of
+from scalefold.compiler.errors import SourceError
 from scalefold.compiler.generate import CachedSession
 from scalefold.compiler.last_logits import KEPT, cut_logits, output_layer_input
 from scalefold.compiler.runtime import Message, Session
@@ -41,7 +42,7 @@ def cut(model: ir.Model) -> onnx.ModelProto:
     """A model with its logits cut, as a message."""
     name, message = output_layer_input(model), ir.to_proto(model)
     assert name is not None and isinstance(message, onnx.ModelProto)
-    cut_logits(message, name)
+    assert cut_logits(message, name)
     return message
 
 
@@ -90,3 +91,13 @@ def test_generation_asks_for_the_last_logits_alone(decoder_models: dict[str, ir.
     assert {value.shape()[2] for value in grown.values()} == {5}
     plain = CachedSession(tmp_path / artifact.MODEL, as_it_is=True)
     assert np.array_equal(plain.step(ids, None, cache, last=True)[0], last)
+
+    artifact.write_json(tmp_path / artifact.RECORD, {"output_layer_input": "of another file"})
+    other = CachedSession(tmp_path / artifact.MODEL)
+    assert np.array_equal(other.step(ids, None, cache, last=True)[0], last)
+    (tmp_path / artifact.MODEL).write_bytes(b"no model")
+    with pytest.raises(SourceError, match="it is not an ONNX model"):
+        CachedSession(tmp_path / artifact.MODEL)
+    (tmp_path / artifact.MODEL).unlink()
+    with pytest.raises(SourceError, match="there is no such file"):
+        CachedSession(tmp_path / artifact.MODEL)
