@@ -81,7 +81,7 @@ def report(rows: list[bench_turns.Row], facts: dict[str, str]) -> str:
         tasks = tasks_of(mine)
         header = [
             "contender", "settings", *map(title, tasks), "cosine of logits", "perplexity", "to float", "integer matmuls",
-            "load, s", "held, MB", "peak, MB", "file, MB",
+            *bench_report.SIZES,
         ]  # fmt: skip
         lines = [
             [

@@ -89,8 +89,12 @@ def median(row: bench_turns.Row, shape: str) -> float:
     return float(np.median(row.turns[shape])) if row.turns.get(shape) else 0.0
 
 
+SIZES = ("load, s", "held, MB", "peak, MB", "file, MB")
+"""The headings of what `sizes` gives."""
+
+
 def sizes(row: bench_turns.Row) -> list[str]:
-    """Load time, peak memory and file size."""
+    """Load time, memory that loading took, peak memory and file size; empty where nothing was timed."""
     figures = (f"{row.load_seconds:.2f}", f"{row.held_mb:.0f}", f"{row.peak_mb:.0f}", f"{row.built.size_mb:.1f}")
     return [figure if row.turns else "" for figure in figures]
 

@@ -50,17 +50,7 @@ def measure(
 def report(rows: list[bench_turns.Row], shapes: list[str], facts: dict[str, str]) -> str:
     """One Markdown table per model: milliseconds, and the speed-up over float with its quartiles."""
     times = [f"{shape}, ms (speed-up)" for shape in shapes]
-    header = [
-        "contender",
-        "settings",
-        *times,
-        "mean cosine",
-        "integer matmuls",
-        "load, s",
-        "held, MB",
-        "peak, MB",
-        "file, MB",
-    ]
+    header = ["contender", "settings", *times, "mean cosine", "integer matmuls", *bench_report.SIZES]
     parts = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
