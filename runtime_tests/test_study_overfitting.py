@@ -66,6 +66,19 @@ def test_a_file_to_tune_on_is_judged_on_lines_that_were_not_tuned_on(tmp_path: P
     tuned, judged = study.parted(path)
     assert tuned + judged == path.read_text() and tuned.endswith("\n")
     assert 70 < len(tuned.splitlines()) < 80
+    plan = study.Plan(domain=path.stem, tune_on=path)
+    assert study.judged_texts([], plan)["new"] == [judged]
+
+
+def test_a_file_to_judge_on_cannot_take_the_place_of_another_text(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path, other = tmp_path / "new.txt", tmp_path / "elsewhere/new.txt"
+    for file in (path, other):
+        file.write_text("a line\n" * 8)
+    plan = study.Plan(domain=path.stem, tune_on=path)
+    with pytest.raises(SystemExit, match="two texts to judge on are called new; give one of the files another name"):
+        study.judged_texts([other], plan)
+    assert study.judged_texts([other], PLAN)["new"] == [other.read_text()]
 
 
 def test_the_sentences_follow_from_the_figures() -> None:

@@ -240,12 +240,9 @@ def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> li
 
         tokenizer = _tokenizer(source)
         judged = {
-            name: windows(model, tokenizer, list(tiny.held_out(name)), plan, plan.judged) for name in tiny.DOMAINS
+            name: windows(model, tokenizer, texts, plan, plan.judged)
+            for name, texts in judged_texts(data, plan).items()
         }
-        if plan.tune_on is not None:
-            judged[plan.domain] = windows(model, tokenizer, [parted(plan.tune_on)[1]], plan, plan.judged)
-        for path in data:
-            judged[path.stem] = windows(model, tokenizer, [path.read_text(encoding="utf-8")], plan, plan.judged)
         passages = tiny.passages(plan.domain) if plan.tune_on is None else [parted(plan.tune_on)[0]]
         feeds = windows(model, tokenizer, passages, plan, plan.calibrated)
         calibration = calibrate.Calibration(lambda: iter(feeds), len(feeds), plan.domain)
@@ -261,6 +258,26 @@ def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> li
                 rows.append(Row(method, bits, learned, {name: perplexity(made, held) for name, held in judged.items()}))
                 console.print(f"{method}, {bits} bits: " + _figures(rows[-1]))
     return rows
+
+
+def judged_texts(data: Sequence[Path], plan: Plan) -> dict[str, list[str]]:
+    """By name: what the in-house domains hold out, the last quarter of the file tuned on, and every other file.
+
+    Raises:
+        SystemExit: two of them have one name.
+    """
+    texts = {name: list(tiny.held_out(name)) for name in tiny.DOMAINS}
+    if plan.tune_on is not None:
+        _add(texts, plan.domain, parted(plan.tune_on)[1])
+    for path in data:
+        _add(texts, path.stem, path.read_text(encoding="utf-8"))
+    return texts
+
+
+def _add(texts: dict[str, list[str]], name: str, text: str) -> None:
+    if name in texts:
+        raise SystemExit(f"--data: two texts to judge on are called {name}; give one of the files another name.")
+    texts[name] = [text]
 
 
 def parted(path: Path) -> tuple[str, str]:
