@@ -104,8 +104,8 @@ def compile_command(
     task: Annotated[
         str | None,
         typer.Option(
-            help="feature-extraction, masked-lm, sequence-classification, token-classification or question-answering;"
-            " default: what the model's config says."
+            help="feature-extraction, masked-lm, sequence-classification, token-classification, question-answering or"
+            " causal-lm; default: what the model's config says."
         ),
     ] = None,
     target: Annotated[
