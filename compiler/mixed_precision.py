@@ -307,12 +307,15 @@ class _Trials:
         best: list[int] | None = None
         for _ in range(TRIALS - 2):
             picked = solve_twice(self._items, *SECOND_WISH["bytes"], {"bytes": most - self._other_bytes()})
-            if picked is None or tuple(picked) in self._sizes:
+            if picked is None:
                 break
+            known = tuple(picked) in self._sizes
             # What the graph itself takes depends on the mix: the next limit counts on what this one took.
             self.weigh(picked)
             if self._sizes[tuple(picked)] <= most:
                 best = picked
+            if known:
+                break
         if best is None:
             best = self._smallest("bytes")
             size = self._size(best)

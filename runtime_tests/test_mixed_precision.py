@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from scalefold.compiler import CompileReport, block_timing, compile_model, graph, layer_choices, mixed_precision, verify
 from scalefold.compiler.calibrate import collect
-from scalefold.compiler.choice_solver import Quantity
+from scalefold.compiler.choice_solver import Option, Quantity
 from scalefold.compiler.decoder import decoder_of
 from scalefold.compiler.errors import RecipeError, SourceError
 from scalefold.compiler.kernel_timing import Product
@@ -192,6 +192,23 @@ def test_blocks_are_offered_where_the_profile_takes_them(source: Path, tmp_path:
     assert report.search is not None
     assert any("in blocks" in choice for choice in report.search.chosen.layers)
     assert "MatMulNBits" in {layer.kernel for layer in report.layers}
+
+
+def test_a_size_with_room_for_the_least_error_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [[Option(0.1, 100, 1), Option(0.5, 50, 1), Option(0.9, 20, 1)]] * 3
+    trials = object.__new__(mixed_precision._Trials)
+    trials._items, trials._sizes, trials._known, trials._fixed = items, {}, {}, None
+
+    def size(picked: Sequence[int]) -> int:
+        trials._sizes[tuple(picked)] = found = 1000 + sum(int(items[0][index].bytes) for index in picked)
+        return found
+
+    monkeypatch.setattr(trials, "_size", size)
+    monkeypatch.setattr(trials, "_measured", lambda picked, advance: None)
+    for most, picked in ((9000, [0, 0, 0]), (1300, [0, 0, 0]), (1250, [0, 0, 1]), (1060, [2, 2, 2])):
+        trials._sizes.clear()
+        trials._fixed = None
+        assert sorted(trials.meet_size(most, lambda: None)) == picked
 
 
 def test_what_nothing_reaches_is_one_sentence_with_the_best(source: Path, tmp_path: Path) -> None:
