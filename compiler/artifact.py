@@ -34,13 +34,24 @@ MANIFEST = "export.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, *marks: str) -> None:
     """Refuse a place that holds something else.
 
+    Args:
+        output: a folder that is to be written.
+        marks: the files by which one of ours is known; the record of a compiled model when none is given.
+
     Raises:
-        OutputError: `output` is a file, or a folder with files in it and no record of ours.
+        OutputError: `output` is a file, a folder with files in it and none of these, or the root of a mounted disk.
     """
-    if output.is_dir() and (not any(output.iterdir()) or (output / RECORD).is_file()):
+    if output.is_mount():
+        raise OutputError(
+            "a disk is mounted there, and a finished folder cannot be moved to its place",
+            where=str(output),
+            remedy="give a folder below it",
+        )
+    known = marks or (RECORD,)
+    if output.is_dir() and (not any(output.iterdir()) or any((output / name).is_file() for name in known)):
         return
     if output.exists():
         what = "the folder holds other files" if output.is_dir() else "it is not a folder"
@@ -58,8 +69,9 @@ def staged(output: Path) -> Iterator[Path]:
     """
     scratch: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        place = output.resolve()  # a link to a folder stays one
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
         yield scratch
     except OSError as error:
         # numpy writes arrays itself, and says only how much of one went through
@@ -81,6 +93,7 @@ def publish(stage: Path, output: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    output = output.resolve()
     if not output.exists():
         stage.rename(output)
         return

@@ -20,7 +20,7 @@ from torch import Tensor
 from scalefold.compiler.errors import CalibrationError
 from scalefold.compiler.protocol import Progress
 
-STATE = "learning.pt"
+STATE, UNFINISHED = "learning.pt", "learning.part"
 
 Decay = Literal["cosine", "linear"]
 
@@ -111,13 +111,15 @@ class Checkpoint:
         self._content[key] = dict(entry)
         if self._path is None:
             return
+        unfinished = self._path.with_name(UNFINISHED)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._path.with_suffix(".part")
             torch.save(self._content, unfinished)
             os.replace(unfinished, self._path)  # noqa: PTH105
-        except OSError as error:
-            raise self._fault(f"it cannot be written ({error.strerror or error})") from error
+        except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
+            unfinished.unlink(missing_ok=True)
+            what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise self._fault(f"it cannot be written ({what})") from error
 
     def _fault(self, what: str) -> CalibrationError:
         return CalibrationError(what, where=str(self._path), remedy="remove it, or name another folder for checkpoints")

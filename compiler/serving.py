@@ -64,9 +64,26 @@ def base_digest(base: Path) -> str:
 
 
 def write_adapter(folder: Path, arrays: Mapping[str, Array], record: Mapping[str, Any], *, scales_only: bool) -> None:
-    """Write adapter.safetensors and adapter.json and, where scales alone were tuned, scales.onnx_adapter."""
-    _safetensors().save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, folder / ADAPTER)
+    """Write adapter.safetensors and adapter.json and, where scales alone were tuned, scales.onnx_adapter.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    try:
+        _write_arrays(folder, arrays, scales_only=scales_only)
+    except OSError:
+        raise  # whoever made the folder says what it is for
+    except Exception as error:  # of safetensors' own class, or a bare RuntimeError of onnxruntime
+        raise OutputError(
+            f"it cannot be written ({' '.join(str(error).split())[:200]})",
+            where=str(folder),
+            remedy="free some space or give another folder",
+        ) from error
     write_json(folder / RECORD, record)
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, Array], *, scales_only: bool) -> None:
+    _safetensors().save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, folder / ADAPTER)
     if scales_only and arrays:
         native = onnxruntime.AdapterFormat()
         native.set_adapter_version(1)
@@ -74,6 +91,14 @@ def write_adapter(folder: Path, arrays: Mapping[str, Array], record: Mapping[str
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in sorted(arrays)}
         native.set_parameters(values)
         native.export_adapter(str(folder / SCALES))
+
+
+def _unreadable(folder: Path, files: str, error: Exception) -> OutputError:
+    return OutputError(
+        f"there is no readable {files} in it ({' '.join(str(error).split())[:200]})",
+        where=str(folder),
+        remedy="give a folder that `scalefold tune` wrote",
+    )
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -88,11 +113,7 @@ def read_adapter(folder: Path) -> Adapter:
     except SourceError:
         raise
     except Exception as error:  # safetensors raises a class of its own
-        raise OutputError(
-            f"there is no readable {ADAPTER} and {RECORD} in it ({' '.join(str(error).split())[:200]})",
-            where=str(folder),
-            remedy="give a folder that `scalefold tune` wrote",
-        ) from error
+        raise _unreadable(folder, f"{ADAPTER} and {RECORD}", error) from error
     native = folder / SCALES
     return Adapter(base, arrays, record, native if native.is_file() else None)
 
@@ -173,11 +194,14 @@ class AdapterSession:
                 where=str(adapter),
                 remedy="open a session of its own with scalefold.compiler.load, or tune with --train scales",
             )
-        self._adapters[name] = None
+        native: onnxruntime.LoraAdapter | None = None
         if found.scales is not None:
             native = onnxruntime.LoraAdapter()
-            native.Load(str(found.scales))
-            self._adapters[name] = native
+            try:
+                native.Load(str(found.scales))
+            except Exception as error:  # onnxruntime raises a bare RuntimeError
+                raise _unreadable(Path(adapter), SCALES, error) from error
+        self._adapters[name] = native
 
     def run(self, outputs: Sequence[str] | None, feed: Feed, adapter: str | None = None) -> list[Array]:
         """Run one request; without an adapter the model is as it was compiled.

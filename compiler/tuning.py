@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from scalefold.compiler import artifact, serving
 from scalefold.compiler.decoder import LOGITS
-from scalefold.compiler.errors import OutputError, SourceError
-from scalefold.compiler.learning import STATE, Checkpoint, TrainingState
+from scalefold.compiler.errors import SourceError
+from scalefold.compiler.learning import STATE, UNFINISHED, Checkpoint, TrainingState
 from scalefold.compiler.protocol import Progress, silent
 from scalefold.compiler.standard_operators import give_weights, open_differentiable
 from scalefold.compiler.task_data import UNSCORED, Batch, Task, TaskData
@@ -132,7 +132,7 @@ def tune(
     """
     settings, folder, place = settings or Settings(), Path(base), Path(output).absolute()
     _check(settings)
-    _check_output(place)
+    artifact.check_output(place, STATE, UNFINISHED, serving.RECORD)
     if not (folder / artifact.MODEL).is_file():
         raise SourceError(f"there is no {artifact.MODEL} in it", where=str(folder), remedy="give a compiled folder")
     run = _Run(folder, Path(data), task, settings)
@@ -317,6 +317,7 @@ def _check(settings: Settings) -> None:
         (settings.epochs < 1, "--epochs", "it must be at least 1"),
         (not (settings.lr > 0 and math.isfinite(settings.lr)), "--lr", "it must be a positive number"),
         (settings.batch < 1, "--batch", "it must be at least 1"),
+        (settings.seed < 0, "--seed", "it must be 0 or more"),
         (settings.max_length < 2, "--max-length", "it must be at least 2"),
         (not 0 <= settings.weight_decay < math.inf, "--weight-decay", "it must be 0 or more"),
         (not 0 < settings.held_out < 1, "--held-out", "it must be a share between 0 and 1"),
@@ -324,17 +325,6 @@ def _check(settings: Settings) -> None:
     for wrong, where, what in faults:
         if wrong:
             raise SourceError(what, where=where, remedy="give another number")
-
-
-def _check_output(place: Path) -> None:
-    if place.is_dir() and (
-        not any(place.iterdir()) or any((place / name).is_file() for name in (STATE, serving.RECORD))
-    ):
-        return
-    if place.exists():
-        raise OutputError(
-            "it holds something else, and nothing was written", where=str(place), remedy="give a new folder"
-        )
 
 
 def _write(place: Path, arrays: Arrays, report: TuneReport, settings: Settings) -> None:

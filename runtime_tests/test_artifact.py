@@ -205,3 +205,30 @@ def test_the_parts_of_a_file_are_read_from_its_constants(bits: int, tmp_path: Pa
     assert found["linear"].overhead_bytes >= 6 * 4 + (2**bits if bits < 8 else 0)
     assert sum(part.code_bytes + part.overhead_bytes for part in found.values()) == artifact.size_of(tmp_path)
     assert table.bits_per_element == 8 * (table.code_bytes + table.overhead_bytes) / (200 * 32)
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    result(big / "out", "old")
+    link = tmp_path / "out"
+    link.symlink_to(big / "out")
+    with artifact.staged(link) as scratch:
+        assert scratch.parent == big
+        artifact.publish(result(scratch / "result"), link)
+    assert link.is_symlink() and (big / "out" / "model.onnx").read_text(encoding="utf-8") == "new"
+    assert [path.name for path in big.iterdir()] == ["out"]
+
+
+def test_a_mounted_disk_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(OutputError, match=r"a disk is mounted there, .*; give a folder below it"):
+        artifact.check_output(tmp_path)
+    artifact.check_output(tmp_path / "below")
+
+
+def test_a_place_is_known_by_the_files_that_are_ours(tmp_path: Path) -> None:
+    (tmp_path / "learning.pt").touch()
+    artifact.check_output(tmp_path, "learning.pt")
+    with pytest.raises(OutputError, match="the folder holds other files, and nothing was written"):
+        artifact.check_output(tmp_path)

@@ -501,3 +501,20 @@ def test_padding_counts_for_nothing(float_model: Path) -> None:
 
     for one, other in zip(scales(7), scales(90), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_that_torch_cannot_write_is_one_sentence_and_leaves_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tmp_path, "digest")
+    checkpoint.put("a", {"step": 1})
+
+    def full(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CalibrationError, match=r"learning\.pt: it cannot be written .* unexpected pos"):
+        checkpoint.put("a", {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["learning.pt"]
+    assert Checkpoint(tmp_path, "digest").get("a") == {"step": 1}

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from scalefold.compiler import AdapterSession, compile_model, load, serving, verify, write_overridable
 from scalefold.compiler.artifact import MODEL, save_model
-from scalefold.compiler.errors import ScalefoldError
+from scalefold.compiler.errors import OutputError, ScalefoldError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.recipe import Recipe
 from scalefold.compiler.runtime import Array
@@ -139,6 +139,28 @@ def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
         with pytest.raises(ScalefoldError, match=wanted) as raised:
             call()
         assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_adapter_leaves_the_one_of_its_name(base: Path, tmp_path: Path) -> None:
+    arrays = new_values(base, 1, scales_only=True)
+    adapter = written(tmp_path / "adapter", base, arrays, scales_only=True)
+    session = AdapterSession(base)
+    session.add("a", adapter)
+    before = session.run(["y"], {"x": X}, "a")[0]
+    damaged = written(tmp_path / "damaged", base, arrays, scales_only=True) / serving.SCALES
+    damaged.write_bytes(damaged.read_bytes()[:40])  # a file of its own: onnxruntime maps the one that it has open
+    with pytest.raises(OutputError, match=f"there is no readable {serving.SCALES} in it"):
+        session.add("a", damaged.parent)
+    np.testing.assert_array_equal(session.run(["y"], {"x": X}, "a")[0], before)
+
+
+def test_an_adapter_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("No space left on device")  # as safetensors and onnxruntime say it, by classes of their own
+
+    monkeypatch.setattr(serving, "_write_arrays", full)
+    with pytest.raises(OutputError, match=r"it cannot be written .No space left on device.; free some space"):
+        serving.write_adapter(tmp_path, {}, {}, scales_only=True)
 
 
 def test_a_base_without_scales_is_refused(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_bad_input_is_one_sentence(compiled_toy: Callable[..., Path], rows: Path
         "no binary-coded weights": lambda: tune(linear, out, rows),
         "no k-means weights": lambda: tune(base, out, rows, settings=Settings("codebooks")),
         "there is no model.onnx": lambda: tune(tmp_path, out, rows),
-        "it holds something else": lambda: tune(base, tmp_path / "other", rows),
+        "the folder holds other files": lambda: tune(base, tmp_path / "other", rows),
         "positive number": lambda: tune(base, out, rows, settings=Settings(lr=float("nan"))),
         "one row of logits": lambda: tune(base, out, rows, task="classification"),
     }
