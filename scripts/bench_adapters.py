@@ -29,7 +29,7 @@ WARM = 5
 def largest_difference(base: Path, adapter: Path, alternating: serving.AdapterSession, feed: Feed) -> float:
     """Between the session's answer with an adapter, and that of the base loaded with it; relative to the largest logit."""
     alone = serving.load(base, adapter).run([LOGITS], dict(feed))[0]
-    (found,) = alternating.run([LOGITS], feed, adapter.name)
+    (found,) = alternating.run([LOGITS], feed, str(adapter))
     return float(np.abs(found - alone).max() / np.abs(alone).max())
 
 
@@ -54,10 +54,10 @@ def main() -> None:
     given = parser.parse_args()
     plain, alternating = serving.load(given.base), serving.AdapterSession(given.base)
     for adapter in given.adapters:
-        alternating.add(adapter.name, adapter)
+        alternating.add(str(adapter), adapter)
     feed = decoder_of(read_onnx(given.base / artifact.MODEL)).prompt_feed(np.arange(given.tokens)[None] + 5)
     differences = [largest_difference(given.base, adapter, alternating, feed) for adapter in given.adapters]
-    names = [adapter.name for adapter in given.adapters]
+    names = [str(adapter) for adapter in given.adapters]
     ratios = []
     for _ in range(given.turns):
         alone = seconds(lambda index: plain.run([LOGITS], dict(feed)), given.runs)

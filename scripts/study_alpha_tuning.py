@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--float-lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.only_e2e and given.e2e is None:
+        parser.error("--only-e2e leaves no task without --e2e")
     plan = Plan(given.samples, given.epochs, given.batch, given.lr, given.float_lr, given.seed)
     given.output.mkdir(parents=True, exist_ok=True)
     tasks = {} if given.only_e2e else {"docstrings": docstrings()}
@@ -96,7 +98,10 @@ def docstrings() -> list[dict[str, str]]:
     """Names of the standard library's functions and classes, and the first sentences of their docstrings."""
     rows = {}
     for name in calibrate.MODULES_WITH_PROSE:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # turtle needs tkinter, which some distributions package apart
+            continue
         for key, entry in inspect.getmembers(module, lambda value: inspect.isfunction(value) or inspect.isclass(value)):
             for where, text in documented(f"{name}.{key}", entry):
                 sentence = " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
@@ -142,7 +147,9 @@ def exported(name: str, output: Path) -> Path:
     """The float model's folder; made once."""
     source = output / f"{name}-float"
     if not source.exists():
-        export_model(importlib.import_module(MODELS[name]).build(), source)
+        with artifact.staged(source) as scratch:
+            export_model(importlib.import_module(MODELS[name]).build(), scratch)
+            artifact.publish(scratch, source)
     return source
 
 

@@ -226,7 +226,10 @@ def perplexity(model: ir.Model, feeds: Sequence[Feed]) -> float:
 
 def windows(model: ir.Model, tokenizer: Path, texts: Sequence[str], plan: Plan, count: int) -> list[Feed]:
     """Windows of equal length, evenly spaced over texts."""
-    return calibrate.RunningText(tokenizer, model, plan.window, "\n".join(texts)).windows(count)
+    found = calibrate.RunningText(tokenizer, model, plan.window, "\n".join(texts)).windows(count)
+    if not found:
+        raise SystemExit("a text to tune or to judge on is empty; give files of many lines.")
+    return found
 
 
 def study(source: str, data: Sequence[Path], plan: Plan, console: Console) -> list[Row]:
