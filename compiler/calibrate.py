@@ -25,6 +25,7 @@ from scalefold.compiler.protocol import Requests
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.stats import Statistic
+from scalefold.compiler.text_file import numbered_lines
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 DEFAULT_ORIGIN = "English text of the Python installation (language reference and standard-library docstrings)"
@@ -267,7 +268,7 @@ def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples
     try:
         if path.suffix == ".npz":
             return _spooled(_npz_feeds(path, model), str(path), model, samples)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".jsonl", ".ndjson"):
             return _from_json_lines(path, text, model, tokenizer_file, samples, max_length)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -276,7 +277,7 @@ def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples
             where=str(path),
             remedy="give UTF-8 text, JSON lines, or an .npz with one array per input",
         ) from error
-    lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 4]
+    lines = [line for _, line in numbered_lines(text) if len(line.split()) >= 4]
     if is_decoder(model):
         lines = [text] if lines else []
     return _from_texts(lines, str(path), model, tokenizer_file, samples, max_length)
@@ -285,7 +286,7 @@ def _from_file(path: Path, model: ir.Model, tokenizer_file: Path | None, samples
 def _from_json_lines(
     path: Path, text: str, model: ir.Model, tokenizer_file: Path | None, samples: int, max_length: int
 ) -> Calibration:
-    entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+    entries = [json.loads(line) for _, line in numbered_lines(text)]
     if all(isinstance(entry, dict) and isinstance(entry.get("text"), str) for entry in entries):
         texts = [entry["text"] for entry in entries]
         return _from_texts(texts, str(path), model, tokenizer_file, samples, max_length)

@@ -254,6 +254,22 @@ def inspect(
     console.print(table)
 
 
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave an earlier one as it is."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"it cannot be written ({error.strerror})", where=str(path), remedy="give another place")
+
+
 @app.command("report")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote.")],
@@ -271,13 +287,11 @@ def report_command(
         raise OutputError("there is no folder for the plots", where="--png", remedy="give one with --plots")
     with _progress(quiet=as_json) as progress:
         report = gather_report(folder, against, progress)
+    _write_text(output, render(report))
     try:
-        output.write_text(render(report), encoding="utf-8")
         drawn = [] if plots is None else write_plots(report, plots, png=png)
     except OSError as error:
-        raise OutputError(
-            f"it cannot be written ({error.strerror})", where=str(error.filename), remedy="give another place"
-        ) from error
+        raise _unwritable(Path(error.filename or plots or ""), error) from error
     if as_json:
         _print_json({**report.facts(), "output": str(output), "plots": [str(path) for path in drawn]})
         return
@@ -310,17 +324,12 @@ def sensitivity_command(
         found = measure_sensitivity(
             source, recipe=recipe, bits=widths, top=top, calibration=calibration, progress=progress
         )
-    if plot_file is not None:
-        try:
-            plot_file.write_text(plot(found).svg(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"it cannot be written ({error.strerror})", where=str(plot_file), remedy="choose a place that can be"
-            ) from error
     if as_json:
         _print_json(asdict(found))
     else:
         _print_sensitivity(found)
+    if plot_file is not None:
+        _write_text(plot_file, plot(found).svg())
 
 
 @app.command("diff")
@@ -371,7 +380,7 @@ def eval_command(
     windows: Annotated[
         int | None, typer.Option(help="perplexity, agreement: take the first so many; default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="masked: which tokens are masked.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="masked: which tokens are masked.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure a compiled model, and the float model beside it where --against gives one."""
@@ -475,7 +484,7 @@ def tune_command(
     epochs: Annotated[int, typer.Option(help="Times that every sample is seen.")] = 5,
     lr: Annotated[float, typer.Option(help="Learning rate at the start; it falls linearly to 0.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the order of the samples, and of which are held out.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples, and of which are held out.")] = 0,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
     max_length: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of the samples that only judge.")] = 0.1,

@@ -11,6 +11,7 @@ fidelity        cosine and error of every output against the float model
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -32,7 +33,8 @@ from scalefold.compiler.driver import open_source
 from scalefold.compiler.errors import CalibrationError, SourceError
 from scalefold.compiler.protocol import Progress, silent
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
-from scalefold.compiler.verify import Fidelity, fidelity
+from scalefold.compiler.text_file import numbered_lines, read_text
+from scalefold.compiler.verify import Fidelity, fidelity, other_model, require_same_shape
 
 Embeddings = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -153,14 +155,25 @@ def spearman(pairs: Sequence[Pair], embeddings: Embeddings) -> float:
         pairs: n pairs.
         embeddings: [2 n, width]: the first sentences, then the second ones.
     """
-    from scipy.stats import spearmanr  # an optional package: only this metric needs it
-
+    spearmanr = _spearmanr()
     first, second = embeddings[: len(pairs)], embeddings[len(pairs) :]
     return 100 * float(spearmanr((first * second).sum(axis=1), [pair.score for pair in pairs]).statistic)
 
 
+def _spearmanr() -> Any:
+    try:
+        return importlib.import_module("scipy.stats").spearmanr  # an optional package: only this metric needs it
+    except ImportError as error:
+        raise SourceError(
+            "Spearman's correlation needs scipy",
+            where="the Python installation",
+            remedy="pip install scipy, or choose another metric with --metric",
+        ) from error
+
+
 def sts(request: Request) -> Facts:
     """Spearman's correlation x 100 on a file of the STS benchmark, and the cosine to the float model's embeddings."""
+    _spearmanr()  # before the work is done
     pairs = read_pairs(request.data)
     sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
     session, tokenizer = open_folder(request.folder)
@@ -168,10 +181,11 @@ def sts(request: Request) -> Facts:
     with request.progress("embedding", steps) as advance:
         got = embed(session, tokenizer, sentences, advance)
     facts: Facts = {"pairs": len(pairs), "spearman": spearman(pairs, got)}
-    with _original(request, None) as original:
+    with _original(request, "feature-extraction") as original:
         if original is not None:
             with request.progress("embedding in float", steps) as advance:
                 wanted = embed(original, tokenizer, sentences, advance)
+            require_same_shape(wanted, got)
             cosines = (wanted * got).sum(axis=1)
             facts |= {"float_spearman": spearman(pairs, wanted)}
             facts |= {"mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min())}
@@ -181,10 +195,16 @@ def sts(request: Request) -> Facts:
 def text_fidelity(request: Request) -> Facts:
     """Cosine and error of every output against the float model, on texts, one a line."""
     against = _required(request, "fidelity")
-    texts = [line.strip() for line in _read(request.data).splitlines() if len(line.split()) >= 4]
+    texts = [line for _, line in _lines(request.data) if len(line.split()) >= 4]
+    if not texts:
+        raise CalibrationError(
+            "none of its lines has four words", where=str(request.data), remedy="give one text a line"
+        )
     progress = request.progress
     with open_source(against, progress=progress) as original, progress("comparing", len(texts)) as advance:
         found = compare_on_text(original, request.folder, texts, advance)
+    if not found:
+        raise other_model("it has no output of a name that the compiled model has")
     facts: Facts = {"samples": len(texts)}
     for entry in found:
         facts |= {f"{entry.name} {name}": value for name, value in asdict(entry).items() if name != "name"}
@@ -262,7 +282,7 @@ def _language(request: Request) -> tuple[Facts, Doubles]:
     session, tokenizer_file = open_folder(request.folder)
     decoder = decoder_of(session, str(request.folder))
     stride = _stride(request)
-    ids = np.asarray(read_tokenizer(tokenizer_file).encode(_read(request.data), add_special_tokens=False).ids)
+    ids = np.asarray(read_tokenizer(tokenizer_file).encode(read_text(request.data), add_special_tokens=False).ids)
     windows = windows_of(ids, request.window, stride, request.windows)
     if not windows:
         raise CalibrationError(
@@ -281,7 +301,7 @@ def _language(request: Request) -> tuple[Facts, Doubles]:
             wanted = None
             if original is not None and float_decoder is not None:
                 wanted = _logits(original, float_decoder, window)
-                _require_same_shape(wanted, logits)
+                require_same_shape(wanted, logits)
             sums += score(logits, window, wanted)
             advance()
     scored = sum(len(window.ids) - window.scored for window in windows)
@@ -314,22 +334,13 @@ def _logits(session: Session, decoder: Decoder, window: Window) -> Array:
     return logits
 
 
-def _require_same_shape(wanted: Array, got: Array) -> None:
-    if wanted.shape != got.shape:
-        raise SourceError(
-            f"its output has shape {list(wanted.shape)}, and the compiled model's {list(got.shape)}",
-            where="the float model",
-            remedy="give the model that the folder was compiled from",
-        )
-
-
 def masked(request: Request) -> Facts:
     """Accuracy on tokens that are masked out, 15 % of each text; texts come one a line.
 
     The tokens are drawn without replacement from those that are not special, at least one of each text, by one generator
     for the whole file. Each is replaced by the mask token; none is kept or made another one.
     """
-    texts = _lines(request.data)
+    texts = [line for _, line in _lines(request.data)]
     hits: list[Array] = []
     chosen: list[Array] = []
     with _classifiers(request, "masked-lm") as (run, tokenizer):
@@ -410,7 +421,7 @@ def _classifiers(request: Request, task: str) -> Iterator[tuple[Run, Tokenizer]]
             for logits in found:
                 if _misfits(logits, shape):
                     raise _another_kind(task)
-                _require_same_shape(logits, found[0])
+                require_same_shape(logits, found[0])
             return found
 
         yield run, tokenizer
@@ -457,7 +468,7 @@ def _labelled(path: Path, folder: Path) -> list[tuple[str, int | None]]:
     """Texts and labels; the label is None where a line has none."""
     names = {str(name): int(index) for index, name in _json_of(folder / "config.json").get("id2label", {}).items()}
     samples: list[tuple[str, int | None]] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _lines(path):
         try:
             if path.suffix in (".jsonl", ".ndjson"):
                 entry = json.loads(line)
@@ -465,6 +476,8 @@ def _labelled(path: Path, folder: Path) -> list[tuple[str, int | None]]:
             else:
                 text, tab, label = line.rpartition("\t")
                 text, label = (text, label) if tab else (line, None)
+            if not isinstance(text, str) or isinstance(label, float):
+                raise ValueError(f"{text!r} is no text" if not isinstance(text, str) else f"{label} is no label")
             index = None if label is None else names.get(str(label))
             samples.append((text, int(label) if label is not None and index is None else index))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -489,15 +502,8 @@ def _place(folder: Path) -> Path:
     return folder if folder.is_dir() else folder.parent
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"it cannot be read ({error})", where=str(path), remedy="give UTF-8 text") from error
-
-
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
+def _lines(path: Path) -> list[tuple[int, str]]:
+    lines = numbered_lines(read_text(path))
     if not lines:
         raise CalibrationError("it holds no texts", where=str(path), remedy="give one text a line")
     return lines

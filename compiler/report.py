@@ -132,10 +132,12 @@ def gather_report(folder: Path, against: str | None = None, progress: Progress =
 
     Raises:
         OutputError: the folder has no record.
+        CalibrationError: there is a float model to compare with, and no sample to compare on.
+        SourceError: the float model is another one.
     """
     record = artifact.read_record(folder)
     model = read_onnx(folder / artifact.MODEL)
-    feed = _sample(folder, model)
+    feed = _sample(folder, model, needed=against is not None)
     with progress("timing nodes", 1) as advance:
         times = node_times(folder / artifact.MODEL, feed, RUNS) if feed is not None else []
         advance()
@@ -166,14 +168,16 @@ def kind_of(layer: str) -> tuple[str, int]:
     return re.sub(r"\.\d+(?=\.)", ".*", base), int(number)
 
 
-def _sample(folder: Path, model: ir.Model) -> Feed | None:
-    """One sample of the default text; None for a model that text cannot fill."""
+def _sample(folder: Path, model: ir.Model, *, needed: bool) -> Feed | None:
+    """One sample of the default text; None for a model that text cannot fill, unless it is needed."""
     tokenizer, length = folder / "tokenizer.json", min(TOKENS, position_limit(folder) or TOKENS)
     try:
         samples = calibration_from(
             None, model, tokenizer_file=tokenizer if tokenizer.is_file() else None, samples=32, max_length=length
         )
     except CalibrationError:
+        if needed:
+            raise
         return None
     feeds = samples.head(samples.count)
     return feeds[0] if is_decoder(model) else max(feeds, key=lambda feed: max(array.size for array in feed.values()))
@@ -184,6 +188,8 @@ def _compare(name: str, source: ir.Model, path: Path, feed: Feed) -> FloatModel:
     cache = set(cache_pairs(inputs_of(source), every).values())
     compiled = Session(path)
     results = [entry for entry in every if entry in compiled.outputs and entry not in cache]
+    if not results:
+        raise verify.other_model("it has no output of a name that the compiled model has")
     original = Session(source, outputs=results)
     outputs = verify.fidelity([original.run(feed)], compiled, [feed])
     return FloatModel(name, _seconds(original, feed), _seconds(compiled, feed), tuple(outputs))

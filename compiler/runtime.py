@@ -89,7 +89,14 @@ class Session:
         )
 
     def run(self, feed: Feed) -> dict[str, Array]:
-        """Run one feed; inputs that the graph does not take are left out."""
+        """Run one feed; inputs that the graph does not take are left out.
+
+        Raises:
+            CalibrationError: it has not all the inputs that the graph needs, or does not fit them.
+        """
+        missing = [name for name, kind in self.inputs.items() if name not in feed and not kind.startswith("optional")]
+        if missing:
+            raise _cannot_run(f"it has no {', '.join(missing[:3])}")
         feeds = {name: feed[name] for name in self.inputs if name in feed}
         with faults_become(_cannot_run):
             return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import charts, graph, schemes
-from scalefold.compiler.calibrate import padding_mask, rows_of
+from scalefold.compiler.calibrate import padding_mask, require_finite, rows_of
 from scalefold.compiler.charts import BLUE, GREY, RED, Chart
 from scalefold.compiler.decoder import first_tokens
 from scalefold.compiler.driver import COMPARED, open_with_samples
@@ -252,9 +252,11 @@ def _outliers(model: ir.Model, layers: Sequence[Linear], feeds: Sequence[Feed]) 
     """The statistics of every value that layers read, by its name."""
     seen = {layer.x.name or "": Outliers() for layer in layers}
     session = Session(model, outputs=list(seen), lean=True)
-    for feed in feeds:
+    for sample, feed in enumerate(feeds):
         for name, array in session.run(feed).items():
-            seen[name].update(rows_of(array, padding_mask(feed)))
+            rows = rows_of(array, padding_mask(feed))
+            require_finite(name, rows, sample)
+            seen[name].update(rows)
     return seen
 
 

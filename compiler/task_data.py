@@ -23,6 +23,7 @@ from scalefold.compiler.calibrate import TEXT_INPUTS, read_tokenizer
 from scalefold.compiler.decoder import LOGITS, decoder_of, log_softmax, position_limit
 from scalefold.compiler.errors import CalibrationError, SourceError
 from scalefold.compiler.runtime import Array, Feed, inputs_of
+from scalefold.compiler.text_file import numbered_lines, read_text
 
 Task = Literal["causal-lm", "classification"]
 
@@ -94,10 +95,9 @@ class TaskData:
         self.cut = 0
         self._decoder = decoder_of(model) if task == "causal-lm" else None
         self._classes = _classes(model, self._config) if task == "classification" else 0
-        content = _read(path)
+        content = read_text(path, "give JSON lines")
         self.digest = hashlib.sha256(content.encode()).hexdigest()
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        self.examples = [self._example(_row(line, number, path), number) for number, line in lines]
+        self.examples = [self._example(_row(line, number, path), number) for number, line in numbered_lines(content)]
         if not self.examples:
             raise CalibrationError("it holds no samples", where=str(path), remedy="give one JSON object a line")
 
@@ -188,13 +188,6 @@ class TaskData:
 
     def _fault(self, number: int, what: str, remedy: str) -> CalibrationError:
         return CalibrationError(f"line {number} {what}", where=str(self._path), remedy=remedy)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"it cannot be read ({error})", where=str(path), remedy="give JSON lines") from error
 
 
 def _row(line: str, number: int, path: Path) -> dict[str, Any]:

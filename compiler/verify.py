@@ -16,7 +16,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from scalefold.compiler import artifact, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import ROWS
-from scalefold.compiler.errors import KernelError
+from scalefold.compiler.errors import KernelError, SourceError
 from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
@@ -273,15 +273,34 @@ def fidelity(expected: Iterable[Mapping[str, Array]], actual: Session, feeds: It
         expected: the outputs of the one for each feed, by name.
         actual: the other.
         feeds: what both are run on.
+
+    Raises:
+        SourceError: an output has another shape.
     """
     sums: dict[str, _Sums] = {}
     for wanted, feed in zip(expected, feeds, strict=True):
         mask, got = padding_mask(feed), actual.run(feed)
         for name in wanted:
             if name in got and got[name].dtype.kind == "f":
+                require_same_shape(wanted[name], got[name])
                 sums.setdefault(name, _Sums()).add(rows_of(wanted[name], mask), rows_of(got[name], mask))
         del wanted, got  # logits are as wide as a vocabulary: not those of two feeds at a time
     return [entry.fidelity(name) for name, entry in sums.items()]
+
+
+def require_same_shape(wanted: Array, got: Array) -> None:
+    """Refuse to compare the output of a float model with that of a compiled one in another shape.
+
+    Raises:
+        SourceError: the shapes differ.
+    """
+    if wanted.shape != got.shape:
+        raise other_model(f"its output has shape {list(wanted.shape)}, and the compiled model's {list(got.shape)}")
+
+
+def other_model(what: str) -> SourceError:
+    """The float model to compare with is not the one that was compiled."""
+    return SourceError(what, where="the float model", remedy="give the model that the folder was compiled from")
 
 
 def kept_outputs(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from scalefold.compiler.evaluate import (
     read_pairs,
     score,
     spearman,
+    sts,
+    text_fidelity,
     windows_of,
 )
 from scalefold.compiler.runtime import Session
@@ -109,6 +112,31 @@ def test_a_compiled_model_is_compared_on_text(compiled: dict[str, CompileReport]
         found = compare_on_text(model, folder, SENTENCES, steps)
     assert [entry.name for entry in found] == ["last_hidden_state", "pooler_output"]
     assert all(0.99 < entry.mean_cosine < 1 and entry.max_error > 0 for entry in found)
+
+
+def test_fidelity_compares_something_or_says_why_not(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "m", FILLER, UNEVEN)
+    short, data = text_file(tmp_path, "a b\n", "short.txt"), text_file(tmp_path, "a b c d\n")
+    with pytest.raises(CalibrationError, match="none of its lines has four words"):
+        text_fidelity(Request(folder, short, str(folder / "model.onnx")))
+    renamed = folder_with(tmp_path / "r", FILLER.replace("logits", "scores"), UNEVEN)
+    with pytest.raises(SourceError, match="the float model: it has no output of a name that the compiled model has"):
+        text_fidelity(Request(folder, data, str(renamed / "model.onnx")))
+    wider = folder_with(tmp_path / "w", FILLER.replace("6]", "7]"), np.zeros((7, 7)))
+    with pytest.raises(SourceError, match=r"the float model: its output has shape \[1, 4, 7\], and .* \[1, 4, 6\]"):
+        text_fidelity(Request(folder, data, str(wider / "model.onnx")))
+
+
+def test_a_model_with_inputs_that_no_sentence_fills_is_one_error(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "m", BIGRAM, UNEVEN)
+    with pytest.raises(CalibrationError, match=r"cannot run the model on it \(it has no past_key_values\.0\)"):
+        embed(Session(folder / "model.onnx"), folder / "tokenizer.json", ["a b"], steps)
+
+
+def test_spearman_without_scipy_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(SourceError, match="Spearman's correlation needs scipy; pip install scipy"):
+        sts(Request(tmp_path, tmp_path / "pairs.csv"))
 
 
 @pytest.mark.parametrize("missing", ["model.onnx", "tokenizer.json"])
@@ -369,6 +397,8 @@ def test_classification_stands_beside_the_float_models(tmp_path: Path) -> None:
         ("text.txt", "c\t0\nd\tunknown\n", "line 2 is not a text with a label"),
         ("text.jsonl", '{"label": 0}\n', "line 1 is not a text with a label"),
         ("text.jsonl", "plain\n", "line 1 is not a text with a label"),
+        ("text.jsonl", '{"text": "c", "label": 0}\n\n{"text": 5, "label": 0}\n', "line 3 is not a text with a label"),
+        ("text.jsonl", '{"text": "c", "label": 1.5}\n', "line 1 is not a text with a label .1.5 is no label."),
         ("text.txt", "\n\n", "it holds no texts; give one text a line"),
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ import onnx_ir as ir
 import pytest
 
 from scalefold.compiler import CompileReport, channel_ranges
+from scalefold.compiler.cli import report_command
+from scalefold.compiler.errors import CalibrationError, OutputError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.node_timing import node_times
 from scalefold.compiler.report import Report, gather_report, kind_of
@@ -148,6 +152,14 @@ def test_ranges_are_measured_where_none_were_recorded(folder: Path, float_model:
     assert len(gather_report(older, str(float_model)).sites()) == 9
 
 
+def test_a_comparison_that_cannot_be_made_is_refused(folder: Path, float_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "without")
+    (tmp_path / "without" / "tokenizer.json").unlink()
+    gather_report(tmp_path / "without")
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        gather_report(tmp_path / "without", str(float_model))
+
+
 def test_every_picture_is_a_file_of_its_own(report: Report) -> None:
     found = plots(report)
     assert {"sqnr", "size", "latency", "ranges", "ranges-1"} <= set(found)
@@ -190,6 +202,24 @@ def test_png_files_are_drawn_beside_the_svg_files(folder: Path, tmp_path: Path, 
     refused = cli("report", folder, "--png")
     assert refused.returncode == 2
     assert "--png: there is no folder for the plots; give one with --plots." in refused.stderr
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence_and_leaves_the_earlier_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("earlier", encoding="utf-8")
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match=r"page\.html: it cannot be written .No space left on device"):
+            report_command(folder, page)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert page.read_text(encoding="utf-8") == "earlier"
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path, cli: Cli) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from scalefold.compiler import graph, schemes, sensitivity, verify
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import CalibrationError, SourceError
 from scalefold.compiler.sensitivity import Outliers, Sensitivity, measure_sensitivity, plot
 from scalefold.compiler.testing import parse
 
@@ -124,6 +124,19 @@ def test_the_plot_has_a_bar_for_every_layer(found: Sensitivity) -> None:
 def test_a_bit_width_that_is_none_is_refused(model_file: Path) -> None:
     with pytest.raises(SourceError, match="bit widths are whole numbers from 2 to 8"):
         measure_sensitivity(model_file, bits=(9,))
+
+
+def test_an_activation_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = two_layers()
+    weight = model.graph.initializers["first"]
+    assert weight.const_value is not None
+    array = weight.const_value.numpy().copy()
+    array[0, 0] = np.nan
+    weight.const_value = ir.tensor(array, name="first")
+    ir.save(model, tmp_path / "model.onnx")
+    feeds = [{"x": np.ones((1, 6, 16), np.float32)}] * 2
+    with pytest.raises(CalibrationError, match="becomes NaN or infinite"):
+        measure_sensitivity(tmp_path / "model.onnx", bits=(8,), calibration=feeds)
 
 
 def test_the_command_gives_a_table_json_and_a_plot(model_file: Path, tmp_path: Path, cli: Cli) -> None:

@@ -121,6 +121,12 @@ def test_a_line_that_is_no_sample_is_named(folder: Path, row: Any, task: Task, m
     assert "\n" not in str(raised.value)
 
 
+def test_separators_that_json_allows_do_not_cut_a_line_and_a_mark_in_front_is_skipped(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text('\ufeff{"text": "w1\u2028w2"}\n\n{"text": 5}\n', encoding="utf-8")
+    with pytest.raises(CalibrationError, match="line 3 has no text"):
+        TaskData(folder / "rows.jsonl", "causal-lm", renamed(DECODER), folder, 64)
+
+
 def test_a_file_without_samples_and_a_model_of_another_task_are_refused(folder: Path) -> None:
     with pytest.raises(CalibrationError, match="it holds no samples"):
         data(folder, [" "])
