@@ -73,7 +73,7 @@ class Calibration:
 
         When that would leave fewer to calibrate with than are wanted, and than twice as many, both are the whole set.
         """
-        if self.count - held < min(wanted, 2 * held):
+        if self.count - held < min(wanted, 2 * held) or self.count - 2 < held:
             return self, self
         apart = frozenset(np.linspace(1, self.count - 2, held).astype(int).tolist())
 
@@ -170,7 +170,7 @@ class RunningText:
         found: list[list[int]] = []
         end = 0
         for wanted in np.linspace(0, len(self._text), count, endpoint=False).astype(int):
-            start = self._text.find("\n", max(int(wanted), end)) + 1 if max(wanted, end) else 0
+            start = self._begin(max(int(wanted), end))
             piece = self._text[start : start + 8 * self._length]
             encoding = self._tokenizer.encode(piece, add_special_tokens=False)
             if len(encoding.ids) >= self._length and (start or not found):
@@ -180,6 +180,13 @@ class RunningText:
             ids = self._tokenizer.encode(self._text, add_special_tokens=False).ids
             found = [ids] if len(ids) > 1 else []
         return [self._decoder.prompt_feed(np.asarray([ids])) for ids in found]
+
+    def _begin(self, place: int) -> int:
+        """Where the next line begins behind a place in the text; the next word, where there is no further line."""
+        if place == 0:
+            return 0
+        end = next((found for mark in "\n " if (found := self._text.find(mark, place)) >= 0), len(self._text))
+        return end + 1
 
 
 def default_texts() -> list[str]:
@@ -385,7 +392,14 @@ def _check_feed(feed: object, inputs: Mapping[str, ir.Value], where: str) -> Non
     if missing := [name for name in inputs if name not in feed]:
         raise CalibrationError(f"it lacks {', '.join(missing)}", where=where, remedy=f"the model takes {takes}")
     for name, values in feed.items():
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{name} is not an array ({error})", where=where, remedy="give rows of one length"
+            ) from error
+        if not array.size and name == "input_ids":
+            raise CalibrationError(f"{name} holds no token", where=where, remedy="remove the sample")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise CalibrationError(
                 f"{name} holds NaN or infinity", where=where, remedy="remove the sample or mend what made it"
@@ -410,7 +424,7 @@ def rows_of(activation: Array, mask: Array | None) -> Float:
     """The tokens of an activation as rows, padding left out.
 
     Args:
-        activation: float32 [..., channels].
+        activation: float32 [..., channels]; a single number is one token of one channel.
         mask: [batch, length] of the feed, 0 where a token is padding, or None.
 
     Returns:
@@ -418,6 +432,7 @@ def rows_of(activation: Array, mask: Array | None) -> Float:
     """
     if mask is not None and activation.ndim == mask.ndim + 1 and activation.shape[:-1] == mask.shape:
         return np.asarray(activation[mask != 0], dtype=np.float32)
+    activation = np.atleast_1d(activation)
     return np.asarray(activation.reshape(-1, activation.shape[-1]), dtype=np.float32)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -46,7 +46,9 @@ class Constant:
     def digest(self) -> str:
         """Of type, shape and bytes."""
         found = hashlib.blake2b(f"{self.dtype.name}{self.shape}".encode(), digest_size=16)
-        found.update(self.tensor.tobytes())
+        found.update(
+            repr(self.array().tolist()).encode() if self.dtype == ir.DataType.STRING else self.tensor.tobytes()
+        )
         return found.hexdigest()
 
     def array(self) -> npt.NDArray[Any]:
@@ -170,7 +172,8 @@ class Form:
     def _attributes(self, node: ir.Node) -> dict[str, str]:
         version = self.model.graph.opset_imports.get(node.domain, 1)
         defaults = _defaults(node.op_type, node.domain, version)
-        plain = {name: _plain(attribute) for name, attribute in sorted(node.attributes.items())}
+        outer = {value: f"outer{index}" for index, value in enumerate(_captured(node))}
+        plain = {name: _plain(attribute, outer) for name, attribute in sorted(node.attributes.items())}
         return {name: text for name, text in plain.items() if defaults.get(name) != text}
 
 
@@ -211,8 +214,13 @@ def _defaults(op_type: str, domain: str, version: int) -> dict[str, str]:
     return {proto.name: _plain(ir.serde.deserialize_attribute(proto)) for proto in protos}
 
 
-def _plain(attribute: ir.Attr) -> str:
-    """The value of an attribute as text that says all of it."""
+def _plain(attribute: ir.Attr, outer: Mapping[ir.Value, str] | None = None) -> str:
+    """The value of an attribute as text that says all of it.
+
+    Args:
+        attribute: the attribute.
+        outer: what the values are called that a subgraph may take from outside.
+    """
     value = attribute.value
     if attribute.type == ir.AttributeType.FLOAT:
         return str(np.float32(value))
@@ -225,26 +233,28 @@ def _plain(attribute: ir.Attr) -> str:
     if attribute.type == ir.AttributeType.TENSOR:
         return text_of(Constant(value))
     if attribute.type == ir.AttributeType.GRAPH:
-        return _body(value)
+        return _body(value, outer or {})
     if attribute.type == ir.AttributeType.GRAPHS:
-        return "; ".join(_body(entry) for entry in value)
+        return "; ".join(_body(entry, outer or {}) for entry in value)
     return str(value)
 
 
-def _body(graph: ir.Graph) -> str:
-    """A subgraph as text: its values numbered, what it takes from outside left to the node's slots."""
-    numbers: dict[ir.Value, str] = {value: f"%{index}" for index, value in enumerate(graph.inputs)}
+def _body(graph: ir.Graph, outer: Mapping[ir.Value, str]) -> str:
+    """A subgraph as text: its values numbered, what it takes from outside by the place among the node's slots."""
+    numbers = dict(outer)
+    for value in graph.inputs:
+        numbers[value] = f"%{len(numbers)}"
 
     def named(value: ir.Value | None) -> str:
         if value is None:
             return "-"
         if value.is_initializer() and value.const_value is not None:
             return text_of(Constant(value.const_value))
-        return numbers.get(value, "outer")
+        return numbers[value]
 
     lines = []
     for node in graph:
-        attributes = {name: _plain(attribute) for name, attribute in sorted(node.attributes.items())}
+        attributes = {name: _plain(attribute, numbers) for name, attribute in sorted(node.attributes.items())}
         read = ", ".join(named(value) for value in node.inputs)
         lines.append(f"{_operator(node)}({read}){attributes or ''}")
         for out in node.outputs:
@@ -253,11 +263,11 @@ def _body(graph: ir.Graph) -> str:
 
 
 def _captured(node: ir.Node) -> tuple[ir.Value, ...]:
-    """The values of the main graph that the subgraphs of a node read, in order of first use."""
+    """The values of the main graph that the subgraphs of a node read, in order of first use, attributes by name."""
     found: dict[ir.Value, None] = {}
     bodies = [
         body
-        for attribute in node.attributes.values()
+        for _, attribute in sorted(node.attributes.items())
         for body in (
             [attribute.value]
             if attribute.type == ir.AttributeType.GRAPH

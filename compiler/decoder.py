@@ -182,10 +182,15 @@ def prefix_length(model: ir.Model) -> int:
     return next((int(str(shape[2])) for shape in shapes if shape is not None and len(shape) == 4), 0)
 
 
-def first_tokens(feed: Feed, count: int) -> Feed:
-    """The feed cut to its first tokens; what comes with a cache keeps all of it."""
+def first_tokens(feed: Feed, count: int, model: ir.Model) -> Feed:
+    """The feed cut to its first tokens; what comes with a cache keeps all of it.
+
+    It stays whole where the graph takes one length alone, or something else that may have a number for every token.
+    """
     ids = feed.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.shape[1] <= count:
+    if ids is None or ids.ndim != 2 or ids.shape[1] <= count or is_fixed(model, 1):
+        return feed
+    if not is_decoder(model) and any(name not in TOKEN_FEEDS or array.ndim != 2 for name, array in feed.items()):
         return feed
     length = ids.shape[1]
     cut = {}
@@ -193,6 +198,12 @@ def first_tokens(feed: Feed, count: int) -> Feed:
         behind = array.shape[1] - length if name in TOKEN_FEEDS and array.ndim == 2 else -1
         cut[name] = array[:, : behind + count] if behind >= 0 else array
     return cut
+
+
+def is_fixed(model: ir.Model, *axes: int) -> bool:
+    """Whether a graph takes ids [B, S] of one size alone along any of these axes."""
+    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
+    return ids is not None and ids.shape is not None and any(isinstance(ids.shape[axis], int) for axis in axes)
 
 
 def log_softmax(logits: Array) -> npt.NDArray[np.float64]:

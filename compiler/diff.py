@@ -382,7 +382,11 @@ class _Comparison:
         """Graph outputs that are read from another node."""
         for one, other in self.matching.outputs:
             mine, theirs = self.first.results[one], self.second.results[other]
-            if self._is_rewired(mine, theirs):
+            if isinstance(mine, Constant) and isinstance(theirs, Constant):
+                if told := change_of(mine.array(), theirs.array(), self.tolerance):
+                    name = self.first.outputs[one].name
+                    yield Difference("constant", "", name, "output" + told.place, told.before, told.after)
+            elif self._is_rewired(mine, theirs):
                 before, after = _slot_text(self.first, mine), _slot_text(self.second, theirs)
                 yield Difference("edge", "", self.first.outputs[one].name, "output is made by", before, after)
 

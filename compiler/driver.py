@@ -56,6 +56,7 @@ from scalefold.compiler.protocol import (
 from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe, recipe_text
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
+from scalefold.compiler.user_pass import UserPass
 
 HELD_OUT = 16
 """Samples kept out of calibration, on which the result is compared with float."""
@@ -328,6 +329,8 @@ class _Run:
         """
         self.tamed = self.source.model.clone()
         self.context = replace(self.context, float_model=self.tamed)
+        if isinstance(entry, UserPass) and entry.contract is Contract.LOSSY:
+            self.original = self.tamed
         if entry.contract is Contract.LOSSY:
             self.context = replace(self.context, reference=_reference(self.tamed, self.context.search))
 
@@ -389,7 +392,7 @@ class _Run:
     def _measure_ranges(self) -> None:
         """Measure how far each channel reaches in the float graph as it is now."""
         names = {layer.name for layer in graph.linear_layers(self.tamed)}
-        feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
+        feeds = [first_tokens(feed, COMPARED, self.tamed) for feed in self.held_out]
         with self._stage("channel ranges"):
             self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
 
@@ -397,7 +400,7 @@ class _Run:
         """Measure each layer's output against float, while values still have the float graph's names."""
         self._measure_ranges()
         with self._stage("compare layers"), self.progress("comparing layers", 1) as advance:
-            feeds = [first_tokens(feed, COMPARED) for feed in self.held_out]
+            feeds = [first_tokens(feed, COMPARED, self.tamed) for feed in self.held_out]
             self.layer_sqnr = verify.layer_sqnr(self.tamed, self.source.model, feeds, folder)
             advance()
 
@@ -503,9 +506,10 @@ def _shorten_positions(config: Path, taken: int) -> None:
     if not config.is_file():
         return
     content = json.loads(config.read_text(encoding="utf-8"))
-    artifact.write_json(
-        config, {name: value - taken if name in POSITION_KEYS else value for name, value in content.items()}
-    )
+    for name in POSITION_KEYS & content.keys():
+        if isinstance(content[name], int):  # null where the model has no table
+            content[name] -= taken
+    artifact.write_json(config, content)
 
 
 def _with_overrides(

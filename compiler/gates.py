@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, saturation
 from scalefold.compiler.calibrate import padding_mask
-from scalefold.compiler.decoder import LOGITS, TOKEN_FEEDS, Decoder, decoder_of, is_decoder
+from scalefold.compiler.decoder import LOGITS, TOKEN_FEEDS, Decoder, decoder_of, is_decoder, is_fixed
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.facts import weight_array
 from scalefold.compiler.runtime import Array, Feed, Session
@@ -63,13 +63,17 @@ def run_gates(model: ir.Model, session: Session, feed: Feed, *, rounds_rows: boo
     if is_decoder(model):
         decoder = decoder_of(model)
         ids = ids[:1, :PARITY_TOKENS]
-        found.append(cache_parity(session, decoder, ids, limit))
+        if not is_fixed(model, 1):
+            found.append(cache_parity(session, decoder, ids, limit))
         ids = ids[:, : _room(ids.shape[1])]
-        return [*found, *batch_invariance(session, decoder.prompt_feed(ids), limit, decoder)] if ids.size else found
+        batches = bool(ids.size) and "attention_mask" in decoder.tokens and not is_fixed(model, 0, 1)
+        return [*found, *batch_invariance(session, decoder.prompt_feed(ids), limit, decoder)] if batches else found
     mask = padding_mask(feed)
     length = _room(int(mask[0].sum()) if mask is not None else ids.shape[1])
-    alone = {name: array[:1, :length] for name, array in feed.items() if name in TOKEN_FEEDS}
-    return [*found, *batch_invariance(session, alone, limit)] if "attention_mask" in alone and length else found
+    alone = {name: array[:1, :length] for name, array in feed.items() if name in TOKEN_FEEDS and array.ndim == 2}
+    known = len(alone) == len(feed) and "attention_mask" in alone
+    batches = known and length > 0 and not is_fixed(model, 0, 1)
+    return [*found, *batch_invariance(session, alone, limit)] if batches else found
 
 
 def _room(length: int) -> int:
@@ -103,7 +107,8 @@ def cache_parity(session: Session, decoder: Decoder, ids: Array, limit: float = 
     largest = float(np.abs(outputs[LOGITS][0, -1] - whole[0, 0]).max())
     for index in range(1, ids.shape[1]):
         outputs = session.run(decoder.prompt_feed(ids[:, index : index + 1], past=decoder.next_cache(outputs)))
-        largest = max(largest, float(np.abs(outputs[LOGITS][0, -1] - whole[0, index]).max()))
+        step = np.abs(outputs[LOGITS][0, -1] - whole[0, index]).max()
+        largest = float(np.maximum(largest, step))  # carries NaN on, which no limit allows
     return _gate("cache parity", largest, whole, limit, f"{ids.shape[1]} tokens one by one against all at once")
 
 
@@ -170,7 +175,10 @@ def _batch(alone: Feed, side: str, decoder: Decoder | None) -> Feed:
     if decoder is not None:
         return decoder.prompt_feed(padded, mask)
     feed: dict[str, Array] = {"input_ids": padded, "attention_mask": mask.astype(alone["attention_mask"].dtype)}
-    feed |= {name: np.zeros_like(padded) for name in alone if name not in feed}
+    for name in alone.keys() - feed.keys():
+        feed[name] = np.resize(alone[name][0], padded.shape)  # the types of the tokens, each row alike
+        if name == "position_ids":
+            feed[name] = np.broadcast_to(alone[name][0, 0] + np.arange(longer), padded.shape).astype(padded.dtype)
     return feed
 
 

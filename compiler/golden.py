@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from scalefold.compiler.canonical import Form, canonical_text
 from scalefold.compiler.diff import layer_names
 from scalefold.compiler.quantization import linear_quantization
 
+CONSTANT = re.compile(r"<(\w+)[^<>]*>")
 FIGURE = re.compile(r"~(-?(?:inf|nan|\d[\d.]*(?:e[+-]?\d+)?))")
 
 
@@ -44,11 +46,17 @@ def golden_difference(golden: str, text: str, tolerance: float = 0.0) -> str:
 
 
 def _close(line: str, other: str, tolerance: float) -> bool:
-    pairs = zip(FIGURE.findall(line), FIGURE.findall(other), strict=True)
-    return all(one == two or _near(one, two, tolerance) for one, two in pairs)
+    constants = zip(CONSTANT.finditer(line), CONSTANT.finditer(other), strict=True)
+    return all(
+        one == two or _near(one, two, tolerance, whole="int" in mine[1])
+        for mine, theirs in constants
+        for one, two in zip(FIGURE.findall(mine[0]), FIGURE.findall(theirs[0]), strict=True)
+    )
 
 
-def _near(one: str, two: str, tolerance: float) -> bool:
-    slack = 1.0 if tolerance and one.lstrip("-").isdigit() and two.lstrip("-").isdigit() else 0.0
+def _near(one: str, two: str, tolerance: float, *, whole: bool) -> bool:
+    if not (math.isfinite(float(one)) and math.isfinite(float(two))):
+        return one == two
+    slack = 1.0 if tolerance and whole else 0.0
     apart = abs(float(one) - float(two))
     return apart <= max(slack, tolerance * max(abs(float(one)), abs(float(two))))

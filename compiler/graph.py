@@ -265,6 +265,8 @@ def gemm_obstacle(gemm: ir.Node) -> str | None:
     """Why a Gemm is not a linear layer, or None when it is one."""
     if constant(gemm.inputs[1]) is None:
         return "its right-hand side is not a constant"
+    if any(value is not None and value.dtype not in (ir.DataType.FLOAT, None) for value in gemm.inputs[1:]):
+        return "its weight or bias is not float32"
     if attribute(gemm, "transA", 0):
         return "its left-hand side is transposed"
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None

@@ -399,7 +399,7 @@ class _Alone:
         self._bits = recipe.activations.bits
         self._grids = {name: schemes.activation_grid(seen.low, seen.high, self._bits) for name, seen in ranges.items()}
         self._runs = sum(len(set(item.formats)) + len(GRANULARITIES) for item in items)
-        self._error = OutputError(model, self._affordable(samples), stride=1)
+        self._error = OutputError(model, self._affordable(model, samples), stride=1)
         chosen = [name for item in items for name in item.layers]
         read = {self._layers[name].x.name or "" for name in chosen}
         self._capture = Session(model, outputs=sorted(read), lean=True)
@@ -450,12 +450,12 @@ class _Alone:
             found[DELTA + name] = (rounded - x) @ weight
         return found
 
-    def _affordable(self, feeds: Sequence[Feed]) -> list[Feed]:
+    def _affordable(self, model: ir.Model, feeds: Sequence[Feed]) -> list[Feed]:
         """As many samples, cut to a few tokens, as can be run for every choice of every layer in good time."""
         operations = sum(layer.shape[0] * layer.shape[1] for layer in self._layers.values())
         count = int(OPERATIONS / max(operations * self._runs * TOKENS, 1))
         length = TOKENS if count else max(TOKENS // 4, int(OPERATIONS / (operations * self._runs)))
-        return [first_tokens(feed, length) for feed in feeds[: max(count, 1)]]
+        return [first_tokens(feed, length, model) for feed in feeds[: max(count, 1)]]
 
 
 def _with_deltas(model: ir.Model, names: Sequence[str]) -> ir.Model:

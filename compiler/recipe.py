@@ -174,7 +174,10 @@ class Activations(_Section):
     granularity: Granularity = Field("per-tensor", description="what has a scale: the tensor, or each token (row)")
     per_token: tuple[str, ...] = Field((), description="regular expressions of layers that are per token in any case")
     clipping: float = Field(
-        0.0, ge=0, lt=1, description="largest share of tokens that clipping of static ranges may cut; 0 keeps min-max"
+        0.0,
+        ge=0,
+        lt=1,
+        description="largest share of tokens that the ratio of all ranges may cut; 0 keeps min-max",
     )
     clipping_refine: bool = Field(True, description="let each activation then try a few clipping ratios of its own")
     clipping_step: float = Field(0.01, gt=0, lt=1, description="step of the clipping search")
@@ -382,6 +385,8 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError([f"it cannot be read ({error.strerror})"], where=str(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError([f"not YAML ({' '.join(str(error).split())})"], where=str(path)) from error
     if not isinstance(content, dict):

@@ -183,7 +183,7 @@ def measure_sensitivity(
         layers = graph.linear_layers(model)
         if not layers:
             raise GraphError("it has no linear layer", where=str(source), remedy="give a float transformer")
-        feeds = [first_tokens(feed, COMPARED) for feed in samples[:SAMPLES]]
+        feeds = [first_tokens(feed, COMPARED, model) for feed in samples[:SAMPLES]]
         outliers = _outliers(model, layers, feeds)
         found = _layer_errors(model, layers, outliers, feeds, bits, progress)
         order = sorted(layers, key=lambda layer: min(found[layer.name], key=lambda error: -error.bits).sqnr_db)

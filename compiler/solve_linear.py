@@ -184,8 +184,14 @@ class LinearFit:
         return coarse.best_of([*fine, *ending])._least_squares()
 
     def _safe(self, covering: LinearFit) -> LinearFit:
-        """At 8 bits: the clipped grid where no pair of its codes can saturate, and the covering one elsewhere."""
-        integers = self._codes().reshape(-1, self.cells.shape[2]) - np.float32(1 << (self.bits - 1))
+        """At 8 bits: the clipped grid where no pair of its codes can saturate, and the covering one elsewhere.
+
+        A weight midway between two levels counts as the farther one from 0, whichever its code will be.
+        """
+        places = (self.cells - self.low[:, None]) / self.step[:, None] - np.float32(1 << (self.bits - 1))
+        farther = np.sign(places) * np.floor(np.abs(places) + np.float32(0.5 + 1e-4))
+        half = np.float32(1 << (self.bits - 1))
+        integers = np.clip(farther, -half, half - 1).reshape(-1, self.cells.shape[2])
         safe = ~saturating(integers, self.activation_bits)
         step, low = np.where(safe, self.step, covering.step), np.where(safe, self.low, covering.low)
         return replace(self, step=step, low=low)

@@ -95,7 +95,7 @@ def _import(name: str) -> Callable[[Any], Any]:
     module, _, function = name.replace(":", ".").rpartition(".")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's module, which may raise anything
         raise RecipeError([f"user_passes: {name!r} cannot be imported ({error})"], where="the recipe") from error
     if not callable(found):
         raise RecipeError([f"user_passes: {name!r} is not a function"], where="the recipe")
@@ -107,7 +107,7 @@ def _kind_of(function: Callable[[Any], Any], name: str) -> Takes:
     parameters = list(inspect.signature(function).parameters)
     try:
         hints = typing.get_type_hints(function)
-    except NameError:  # a name that is imported for type checkers alone
+    except (NameError, TypeError, AttributeError):  # imported for type checkers alone; or no plain function
         hints = {}
     found = hints.get(parameters[0]) if parameters else None
     for takes, kind in KINDS.items():

@@ -345,7 +345,7 @@ class _Sums:
             norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
             self._cosines.append(np.einsum("tc,tc->t", wanted, got) / np.maximum(norms, 1e-30))
             difference = wanted - got
-            self._largest = max(self._largest, float(np.abs(difference).max(initial=0)))
+            self._largest = float(np.maximum(self._largest, np.abs(difference).max(initial=0)))  # carries NaN on
             self._noise += float(np.einsum("tc,tc->t", difference, difference).sum(dtype=np.float64))
             self._signal += float(np.einsum("tc,tc->t", wanted, wanted).sum(dtype=np.float64))
 
@@ -357,13 +357,15 @@ class _Sums:
 
 
 def sqnr(wanted: Array, got: Array) -> float:
-    """Signal to quantization noise ratio in dB; 200 for equal arrays."""
+    """Signal to quantization noise ratio in dB; 200 for equal arrays, -200 where one is not finite."""
     noise = float(np.square(wanted - got, dtype=np.float64).sum())
     signal = float(np.square(wanted, dtype=np.float64).sum())
     return _decibels(signal, noise)
 
 
 def _decibels(signal: float, noise: float) -> float:
+    if not np.isfinite(noise):
+        return -200.0
     return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-30) / noise)))
 
 

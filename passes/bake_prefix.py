@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph
 from scalefold.compiler.decoder import LOGITS, PREFIX, Decoder, decoder_of, divergence, is_decoder, prefix_length
+from scalefold.compiler.errors import CalibrationError
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
@@ -90,6 +91,9 @@ class BakePrefix:
             figures = {"largest": before, "enough": enough}
             return PassResult((), (Event(anchor, "no prefix is called for", figures),))
         token, trial = min(found.items(), key=lambda item: item[1].divergence)
+        longest = max(ctx.search, key=lambda feed: feed["input_ids"].shape[1])["input_ids"][:1]
+        if not _has_room(model, decoder, longest, token):
+            return PassResult((), (Event(anchor, "the samples leave no room for it in the position table"),))
         bake(model, (token,))
         figures = {"largest_before": before, "largest_after": trial.largest, "divergence": trial.divergence}
         return PassResult((Event(anchor, f"token {token} in front of every sequence", figures),))
@@ -173,6 +177,16 @@ def _hide(model: ir.Model, present: ir.Value, bounds: Sequence[ir.Value]) -> Non
     producer = present.producer()
     assert producer is not None
     graph.insert_after(producer, [visible])
+
+
+def _has_room(model: ir.Model, decoder: Decoder, ids: Array, token: int) -> bool:
+    """Whether the model takes ids [1, S] behind one token more."""
+    longer = np.concatenate([np.array([[token]], dtype=ids.dtype), ids], axis=1)
+    try:
+        Session(model, outputs=[next(iter(decoder.outputs.values()))], lean=True).run(decoder.prompt_feed(longer))
+    except CalibrationError:
+        return False
+    return True
 
 
 def _inputs(model: ir.Model) -> dict[str, ir.Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import is_decoder
-from scalefold.compiler.facts import Fact, row_range
+from scalefold.compiler.facts import Fact, row_range, weight_dequantizer
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
@@ -64,6 +65,8 @@ class ClipRanges:
         quantizers = [node for node in found if SEARCHED not in node.meta and LEARNED_RANGE not in source_of(node).meta]
         if not quantizers:
             return PassResult()
+        if not _has_float_output(model):
+            return PassResult((), tuple(Event(node, "no output says how large its error is") for node in quantizers))
         tokens = _token_ranges(model, quantizers, ctx)
         reference = ctx.reference()
         session = Session(_with_free_grids(model, quantizers))
@@ -72,7 +75,8 @@ class ClipRanges:
             grids = {node: self._grid(tokens[node], ratio) for node, ratio in ratios.items()}
             return _error(session, _fed(grids), ctx.search, reference)
 
-        shares = [k * self.step for k in range(round(self.largest / self.step) + 1)]
+        shares = [k * self.step for k in range(math.floor(self.largest / self.step + 1e-9) + 1)]
+        shares += [self.largest] if shares[-1] < self.largest - 1e-9 else []
         with ctx.progress("clipping ranges", len(shares)) as advance:
             unclipped, least, ratios = _best_common(quantizers, shares, error, advance)
         if self.refine:
@@ -147,9 +151,27 @@ def _refined(
 
 
 def _is_static(node: ir.Node) -> bool:
-    """Whether its range is a property of the activation; that of a per-token quantizer is [0, 1] by construction."""
-    constant_grid = graph.constant(node.inputs[1]) is not None and graph.constant(node.inputs[0]) is None
-    return constant_grid and row_range(node) is None
+    """Whether its range is a property of the activation that a quantized layer reads; it may be set anew then.
+
+    That of a per-token quantizer is [0, 1] by construction. A graph may have come with quantizers for something else.
+    """
+    return bool(layers_of(node)) and graph.constant(node.inputs[0]) is None and row_range(node) is None
+
+
+def layers_of(quantize: ir.Node) -> list[ir.Node]:
+    """The products of quantized layers that read what a quantizer makes, and nothing but they; else none.
+
+    None too where its grid is not one uint8 grid of constants that the DequantizeLinear behind it share.
+    """
+    if len(quantize.inputs) < 3 or any(graph.scalar(value) is None for value in quantize.inputs[1:3]):
+        return []
+    zero, readers = quantize.inputs[2], graph.consumers(quantize.outputs[0])
+    same = all(node.op_type == "DequantizeLinear" and node.inputs[1:] == quantize.inputs[1:] for node in readers)
+    if zero is None or zero.dtype != ir.DataType.UINT8 or not same:
+        return []
+    products = [reader for node in readers for reader in graph.consumers(node.outputs[0])]
+    own = all(node.op_type == "MatMul" and weight_dequantizer(node) is not None for node in products)
+    return products if own else []
 
 
 def source_of(quantize: ir.Node) -> ir.Value:
@@ -225,3 +247,7 @@ def _error(
                 noise[name] = noise.get(name, 0.0) + float(np.square(rows_of(result, mask) - wanted).sum())
                 power[name] = power.get(name, 0.0) + float(np.square(wanted).sum())
     return float(np.mean([noise[name] / max(power[name], 1e-30) for name in noise]))
+
+
+def _has_float_output(model: ir.Model) -> bool:
+    return any(value.dtype is None or value.dtype.is_floating_point() for value in model.graph.outputs)

@@ -18,7 +18,7 @@ from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.schemes import Affine, Float
 from scalefold.compiler.stats import TokenRange
-from scalefold.passes.clip_ranges import current_grid, set_grid, source_of
+from scalefold.passes.clip_ranges import current_grid, layers_of, set_grid, source_of
 from scalefold.passes.insert_qdq import LEARNED_RANGE, quantize_rows
 
 SHARES = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -226,14 +226,7 @@ def _static_quantizers(model: ir.Model) -> list[_Quantizer]:
     found = []
     rng = np.random.default_rng(0)
     for node in graph.nodes(model, "QuantizeLinear"):
-        if row_range(node) is not None or FITTED in node.meta or graph.constant(node.inputs[1]) is None:
-            continue
-        readers = [
-            reader
-            for dequantize in graph.consumers(node.outputs[0])
-            for reader in graph.consumers(dequantize.outputs[0])
-            if reader.op_type == "MatMul" and weight_dequantizer(reader) is not None
-        ]
+        readers = [] if row_range(node) is not None or FITTED in node.meta else layers_of(node)
         if readers:
             weight = np.concatenate([_probed(reader, rng) for reader in readers], axis=1)
             found.append(_Quantizer(node, source_of(node), readers, weight))

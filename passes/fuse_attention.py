@@ -111,8 +111,12 @@ def _match(softmax: ir.Node) -> _Core | str:
         return "queries, keys and values are not heads of three-dimensional activations"
     if obstacle := _mismatch(query, key, value):
         return obstacle
-    if mask is not None and graph.rank(mask) != 4:
+    if mask is not None and (mask.shape is None or len(mask.shape) != 4):
         return "the mask is not four-dimensional"
+    if mask is not None and mask.shape is not None and mask.shape[3] == 1:
+        return "the mask has not a number for every key"
+    if factor * query.factor * key.factor <= 0:
+        return "its scale is not positive"
     if mask is not None and key.cache in graph.ancestors(mask, lambda _: False):
         return "its mask is computed from its cache"
     if cleared:
@@ -138,6 +142,8 @@ def _mismatch(query: _Heads, key: _Heads, value: _Heads) -> str | None:
         return "not keys and values both, and they alone, have a cache"
     if key.cache is None and key.heads != query.heads:
         return "keys and values are repeated, but not from a cache"
+    if value.factor != 1.0:
+        return "values are scaled"
     return "values are rotated" if value.rotary is not None else None
 
 

@@ -87,7 +87,8 @@ def _merge(model: ir.Model, group: Sequence[Linear], name: str) -> ir.Node:
     first = group[0]
     sizes = [layer.shape[1] for layer in group]
     weight = graph.add_initializer(model, f"{name}.weight", np.concatenate([one.weights() for one in group], axis=1))
-    matmul = ir.node("MatMul", [first.x, weight], name=name)
+    x = first.matmul.inputs[0]  # what it reads may have been merged since the layers were found
+    matmul = ir.node("MatMul", [x, weight], name=name)
     made = [matmul]
     biases = [bias for layer in group if (bias := layer.biases()) is not None]
     if biases:

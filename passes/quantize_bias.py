@@ -42,6 +42,9 @@ class QuantizeBias:
                 continue
             if not _fuses_to_gemm(matmul.inputs[0]):
                 continue
+            columns = graph.constant(weight.inputs[0])
+            if columns is None or graph.whole_shape(bias) != columns.shape[1:]:
+                continue  # something else than a bias is added
             scales = np.asarray(graph.constant(activation.inputs[1])) * np.asarray(graph.constant(weight.inputs[1]))
             if np.abs(np.asarray(graph.constant(bias), dtype=np.float64) / scales).max() > np.iinfo(np.int32).max:
                 declined.append(Event(matmul, "its bias is too large for int32 at the scale of its weights"))

@@ -46,6 +46,11 @@ class RecoverRotary:
             if any(_angles(table) is None for table in tables):
                 declined.append(Event(add, "the angles of its two halves are not the same value"))
                 continue
+            if any(_is_shared(table, x) for table in tables):
+                declined.append(
+                    Event(add, "its angles are one row for all sequences, where the operator wants one each")
+                )
+                continue
             cos, sin = (_half(table, halves) for table in tables)
             rotary = ir.node("RotaryEmbedding", [x, cos, sin], name=f"{add.name or add.outputs[0].name}.rotary")
             graph.insert_after(add, [rotary])
@@ -124,6 +129,13 @@ def _angles(table: ir.Value) -> ir.Value | None:
     if concat is None or len(concat.inputs) != 2 or graph.attribute(concat, "axis") not in (-1, 2):
         return None
     return concat.inputs[0] if concat.inputs[0] is concat.inputs[1] else None
+
+
+def _is_shared(table: ir.Value, x: ir.Value) -> bool:
+    """Whether the angles of a table are broadcast over the batch of x [B, H, S, D]."""
+    angles = _angles(table)
+    sizes = [value.shape[0] if value is not None and value.shape is not None else None for value in (angles, table, x)]
+    return 1 in sizes[:2] and sizes[2] != 1
 
 
 def _half(table: ir.Value, halves: dict[ir.Value, ir.Value]) -> ir.Value:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.sites import NORMS
 
 ROW_WISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Exp", "Sqrt", "Reciprocal", "Erf", "Tanh", "Sigmoid", "Relu",
@@ -110,6 +111,8 @@ class _Region:
         for node in self.inside:
             if node.op_type not in ROW_WISE:
                 return f"they are read by {node.op_type}, which is not row-wise"
+            if node.op_type in NORMS and graph.attribute(node, "axis", -1) not in (-1, 1):
+                return f"{node.op_type} is not over the last axis alone"
             if graph.rank(node.outputs[0]) != 2:
                 return f"the result of {node.op_type} has no two dimensions"
             for index, value in enumerate(node.inputs):
@@ -122,6 +125,9 @@ class _Region:
         for value in [out for node in self.inside for out in node.outputs]:
             assert value.shape is not None
             value.shape = ir.Shape([*self.lead, *list(value.shape)[1:]])
+        for node in self.inside:
+            if node.op_type in NORMS:
+                node.attributes["axis"] = ir.AttrInt64("axis", -1)
         for entry in self.entries:
             x, merged = entry.inputs[0], entry.outputs[0]
             assert x is not None and merged.shape is not None

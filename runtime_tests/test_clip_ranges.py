@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,6 +10,7 @@ from scalefold.compiler import schemes
 from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Array, Feed
 from scalefold.compiler.testing import check_pass, context_on, parse
+from scalefold.passes import clip_ranges
 from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.insert_qdq import InsertQdq
 
@@ -180,6 +183,42 @@ def test_a_quantizer_whose_scale_is_computed_is_left_alone() -> None:
     before = head(WIDE) + f"{{ m = ReduceMax<keepdims = 0>(x)  t = Mul(m, s)  {QDQ.replace('s, z', 't, z')} }}"
     result = check_pass(ClipRanges(), before=before, after=before, feeds=CALM)
     assert not result.declined
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "h = QuantizeLinear(x, s, z)  r = DequantizeLinear(h, t, z)",
+        "h = QuantizeLinear(x, s)  r = DequantizeLinear(h, s)",
+        "h = QuantizeLinear(x, s, i)  r = DequantizeLinear(h, s, i)",
+    ],
+)
+def test_a_quantizer_of_the_source_for_something_else_is_left_alone(own: str) -> None:
+    start = head(WIDE).replace("float bottom", "float t = {0.5}, int8 i = {0}, float bottom")
+    before = start + f"{{ {own} {LAYER} }}"
+    result = check_pass(ClipRanges(), before=before, after=before, feeds=CALM)
+    assert not result.declined
+
+
+def test_the_largest_share_is_tried_and_none_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    best = clip_ranges._best_common
+
+    def noted(quantizers: Any, shares: Any, error: Any, advance: Any) -> Any:
+        tried[:] = shares
+        return best(quantizers, shares, error, advance)
+
+    monkeypatch.setattr(clip_ranges, "_best_common", noted)
+    for largest, step, wanted in ((0.15, 0.1, [0, 0.1, 0.15]), (0.9, 0.6, [0, 0.6, 0.9]), (0.1, 0.05, [0, 0.05, 0.1])):
+        check_pass(ClipRanges(largest, step), before=head(WIDE) + f"{{ {QDQ} }}", feeds=CALM, context=sharp_context())
+        assert tried == pytest.approx(wanted)
+
+
+def test_without_a_float_output_there_is_nothing_to_judge_by() -> None:
+    before = head(WIDE).replace("=> (float[b, s, 3] y)", "=> (int64[b, s] w)")
+    before += f"{{ {QDQ}  w = ArgMax<axis = 2, keepdims = 0>(y) }}"
+    result = check_pass(ClipRanges(), before=before, after=before, feeds=CALM)
+    assert [event.reason for event in result.declined] == ["no output says how large its error is"]
 
 
 def test_a_per_token_quantizer_has_no_range_to_clip() -> None:

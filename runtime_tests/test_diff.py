@@ -14,6 +14,7 @@ import pytest
 
 from scalefold.compiler import compile_model, graph
 from scalefold.compiler.diff import Diff, Difference, diff_models
+from scalefold.compiler.golden import golden_text
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.recipe import Target
 from scalefold.compiler.runtime import Array, Feed
@@ -362,6 +363,54 @@ def test_branches_are_compared_and_what_they_read_from_outside() -> None:
     assert difference.what == "If attribute then_branch"
     rewired = ir.from_onnx_text((IF % "Relu").replace("Relu(two)", "Relu(x)"))
     assert not diff_models(first, rewired).equal
+
+
+TWO = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (bool[1] c, float[N] a, float[N] b) => (float[N] y) {
+    y = If(c) <then_branch = t () => (float[N] r) { s = Add(a, b) r = Sub(s, %s) },
+               else_branch = e () => (float[N] r) { r = Identity(%s) }>
+}
+"""
+
+
+def test_which_outer_value_a_branch_reads_counts_and_the_order_of_branches_does_not() -> None:
+    first = ir.from_onnx_text(TWO % ("a", "b"))
+    for others in (("b", "b"), ("a", "a")):
+        other = ir.from_onnx_text(TWO % others)
+        assert not diff_models(first, other).equal
+        assert golden_text(first) != golden_text(other)
+    turned = ir.from_onnx_text(TWO % ("a", "b"))
+    (node,) = turned.graph
+    attributes = dict(node.attributes)
+    node.attributes.clear()
+    for name in reversed(list(attributes)):
+        node.attributes[name] = attributes[name]
+    assert diff_models(first, turned).equal
+
+
+def test_an_output_that_is_another_constant_is_found() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[N] x) => (float[N] y, float k) <float k = {%s}> {y = Neg(x)}'
+    first, second = (ir.from_onnx_text(text % number) for number in (3, 7))
+    assert diff_models(first, ir.from_onnx_text(text % 3)).equal
+    (difference,) = diff_models(first, second).differences
+    assert (difference.what, difference.before, difference.after) == ("output", "3.0", "7.0")
+
+
+def test_words_are_compared() -> None:
+    def model(word: str) -> ir.Model:
+        words = ir.tensor([b"a", word.encode()] * 10, dtype=ir.DataType.STRING, name="w")
+        found = ir.from_onnx_text(
+            '<ir_version: 10, opset_import: ["" : 20]> g (string[20] x, string[20] w) => (bool[20] y) { y = Equal(x, w) }'
+        )
+        value = found.graph.inputs.pop()
+        value.const_value = words
+        found.graph.register_initializer(value)
+        return found
+
+    assert diff_models(model("b"), model("b")).equal
+    assert not diff_models(model("b"), model("c")).equal
+    assert golden_text(model("b")) != golden_text(model("c"))
 
 
 def test_an_attribute_at_its_default_and_one_left_out_are_equal() -> None:

@@ -322,6 +322,12 @@ OTHER_GUARD = "its output is selected by a condition other than `every key is ma
         pytest.param(text(EXPORTED.replace("number = Cast<to = 1>(allowed)", "number = Cast<to = 1>(barred)"), ALLOWED),
                      OTHER_GUARD, id="counts what is barred"),
         pytest.param(text(ADDED, ", float[s, s] mask"), "the mask is not four-dimensional", id="a flat mask"),
+        pytest.param(text(TORCHSCRIPT.replace("MatMul(p, vh)", "MatMul(p, vw)").replace(
+            "scores =", "vw = Mul(vh, width)  scores =", 1)), "values are scaled", id="values scaled"),
+        pytest.param(text(TORCHSCRIPT.replace("Div(scores, width)", "Mul(scores, lowest)")), "its scale is not positive",
+                     id="a negative scale"),
+        pytest.param(text(ADDED, ", float[b, 1, s, 1] mask"), "the mask has not a number for every key",
+                     id="a mask of queries"),
         pytest.param(text(TORCHSCRIPT, opset=17), "opset 17 cannot be raised to 23 as it is", id="an old opset"),
     ],
 )  # fmt: skip
@@ -333,6 +339,8 @@ def test_what_is_not_attention_is_declined(before: str, reason: str) -> None:
         more["mask"] = np.zeros((5, 5), np.float32)
     if "float[b, 1, s, s] mask" in before:
         more["mask"] = np.zeros((2, 1, 5, 5), np.float32)
+    if "float[b, 1, s, 1] mask" in before:
+        more["mask"] = np.zeros((2, 1, 5, 1), np.float32)
     result = check_pass(FuseAttention(), before=before, after=before, feeds=feeds(**more))
     assert [event.reason for event in result.declined] == [reason]
 

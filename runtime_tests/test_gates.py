@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from scalefold.compiler import gates
 from scalefold.compiler.decoder import decoder_of
 from scalefold.compiler.errors import KernelError
 from scalefold.compiler.gates import Gate, batch_invariance, cache_parity, no_saturation, require_gates, run_gates
@@ -58,6 +60,52 @@ def test_a_sample_as_long_as_the_position_table_leaves_room_for_a_batch(decoder_
     ids = np.random.default_rng(1).integers(5, 200, (1, 64))
     gates = run_gates(model, Session(model), decoder_of(model).prompt_feed(ids), rounds_rows=False)
     assert len(gates) == 4 and all(gate.passed for gate in gates)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "int64[1, 8] input_ids, int64[1, 8] attention_mask",
+        "int64[b, 8] input_ids, int64[b, 8] attention_mask",
+        "int64[b, s] input_ids, int64[b, s] attention_mask, int64[b, s, 4] bbox",
+    ],
+)
+def test_what_takes_no_batch_of_other_lengths_is_not_given_one(inputs: str) -> None:
+    text = EVERY_ROW_ALONE.replace("int64[b, s] input_ids, int64[b, s] attention_mask", inputs)
+    model = ir.from_onnx_text(text)
+    feed: Feed = {"input_ids": np.ones((1, 8), np.int64), "attention_mask": np.ones((1, 8), np.int64)}
+    feed = {**feed, "bbox": np.ones((1, 8, 4), np.int64)} if "bbox" in inputs else feed
+    assert [gate.name for gate in run_gates(model, Session(model), feed, rounds_rows=False)] == ["no saturation"]
+
+
+def test_positions_and_types_go_on_in_a_batch() -> None:
+    declared = EMBEDDED.replace(
+        "attention_mask", "attention_mask, int64[b, s] position_ids, int64[b, s] token_type_ids"
+    )
+    added = "{ p = Add(position_ids, token_type_ids)  n = Add(p, input_ids)  y = Gather(table, n) }"
+    feed: Feed = {
+        "input_ids": np.zeros((1, 4), np.int64),
+        "attention_mask": np.ones((1, 4), np.int64),
+        "position_ids": np.arange(4)[None],
+        "token_type_ids": np.array([[0, 0, 1, 1]]),
+    }
+    assert [
+        gate.passed for gate in batch_invariance(Session(ir.from_onnx_text(DECLARED + declared + added)), feed)
+    ] == [True]
+
+
+def test_a_decoder_without_a_mask_is_not_padded(decoder_models: dict[str, ir.Model]) -> None:
+    model = decoder_models["gpt2"].clone()
+    decoder = decoder_of(model)
+    feed = decoder.prompt_feed(np.arange(5, 17)[None])
+    without = replace(
+        decoder, tokens={name: dtype for name, dtype in decoder.tokens.items() if name != "attention_mask"}
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gates, "decoder_of", lambda _: without)
+        patched.setattr(gates, "cache_parity", lambda *_: Gate("cache parity", True, 0, 1, ""))
+        found = run_gates(model, Session(model), feed, rounds_rows=False)
+    assert [gate.name for gate in found] == ["no saturation", "cache parity"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -57,6 +57,16 @@ def test_projections_without_bias_become_one_product() -> None:
     )
 
 
+def test_a_group_that_reads_a_merged_group_is_merged_too() -> None:
+    head = HEAD.replace(
+        "float[2, 1] wk", "float[2, 2] wa = {1.0, 0.0, 2.0, 1.0}, float[2, 2] wb = {0.0, 1.0, 1.0, 3.0}, float[2, 1] wk"
+    )
+    body = "a = MatMul(x, wa)  b = MatMul(x, wb)  q0 = MatMul(a, wq)  k = MatMul(a, wk)  q = Add(q0, b) }"
+    model = named(body, "a.first", "a.second", "a.q_proj", "a.k_proj", head=head)
+    result = check_pass(MergeProjections(), before=model)
+    assert [event.where for event in result.rewrites] == ["a.first+second", "a.q_proj+k_proj"]
+
+
 def test_a_model_without_a_cache_keeps_its_layers() -> None:
     head = HEAD.replace("past_key_values.0.key", "before").replace("present.0.key", "after")
     result = check_pass(MergeProjections(), before=named(APART, head=head))

@@ -113,6 +113,12 @@ def test_products_of_activations_are_no_linear_layers() -> None:
             "its bias is not a constant",
             id="an activation as bias",
         ),
+        pytest.param(
+            HEAD.replace("float[", "double["),
+            "y = Gemm<alpha = 2.0>(x, w, c)",
+            "its weight or bias is not float32",
+            id="double precision",
+        ),
     ],
 )
 def test_a_gemm_that_is_no_linear_layer_is_declined(head: str, body: str, reason: str) -> None:

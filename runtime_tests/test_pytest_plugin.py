@@ -121,6 +121,14 @@ def test_figures_agree_within_the_tolerance_and_structure_must_be_equal() -> Non
     assert golden_difference(golden, near.replace("axis=0", "axis=1").replace("MatMul(", "Gemm("), 0.05)
 
 
+@pytest.mark.parametrize(("one", "two"), [("~1", "~2"), ("~0", "~1"), ("~-inf", "~-3"), ("~inf", "~5"), ("~nan", "~1")])
+def test_floats_that_are_whole_or_not_finite_have_no_slack(one: str, two: str) -> None:
+    line = "Mul = Mul(x, <float {}>)"
+    assert golden_difference(line.format(one), line.format(two), 0.01)
+    assert not golden_difference(line.format(one), line.format(one), 0.01)
+    assert not golden_difference("a(<uint8 ~127>, <float ~1>)", "a(<uint8 ~128>, <float ~1.005>)", 0.01)
+
+
 USE = """
 import onnx_ir as ir
 

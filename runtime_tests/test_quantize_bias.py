@@ -54,6 +54,15 @@ def test_a_bias_that_another_node_reads_too_stays_for_it() -> None:
         pytest.param(DYNAMIC + f"{{ {PRODUCT} y = Add(p, c) }}", id="three dimensions, some of them dynamic"),
         pytest.param(FLAT.replace("q)", "q, float[3] v)") + f"{{ {PRODUCT} y = Add(p, v) }}", id="a bias that is fed"),
         pytest.param(FLAT + f"{{ {PRODUCT} y = Identity(p) }}", id="no bias"),
+        pytest.param(
+            FLAT.replace("float number", "float[1, 3] row = {1.0, 2.0, 3.0}, float number")
+            + f"{{ {PRODUCT} y = Add(p, row) }}",
+            id="a row of a matrix",
+        ),
+        pytest.param(
+            FLAT.replace("float number", "float[1] one = {1.0}, float number") + f"{{ {PRODUCT} y = Add(p, one) }}",
+            id="one number for all columns",
+        ),
         pytest.param(FLAT + f"{{ {PRODUCT} h = Add(p, c)  y = Mul(h, p) }}", id="a product read elsewhere"),
         pytest.param(
             (FLAT + f"{{ {ROWS} {PRODUCT} o = Mul(p, r)  e = Mul(a, c)  h = Add(o, e)  y = Add(h, c) }}").replace(

@@ -42,6 +42,15 @@ def test_a_rotation_by_halves_becomes_one_operator() -> None:
     assert [event.reason for event in result.rewrites] == ["rotated by halves"]
 
 
+def test_angles_that_all_sequences_share_are_declined() -> None:
+    before = text(TABLES + ROTATED + SUM).replace("float[b, s, 2] a", "float[1, s, 2] a")
+    shared = [{**feed, "a": feed["a"][:1]} for feed in feeds()]
+    result = check_pass(RecoverRotary(), before=before, after=before, feeds=shared)
+    assert [event.reason for event in result.declined] == [
+        "its angles are one row for all sequences, where the operator wants one each"
+    ]
+
+
 @pytest.mark.parametrize("total", ["y = Add(across, straight)"])
 def test_the_order_of_the_sum_does_not_matter(total: str) -> None:
     result = check_pass(RecoverRotary(), before=text(TABLES + ROTATED + total), feeds=feeds())

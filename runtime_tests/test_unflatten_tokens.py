@@ -38,6 +38,17 @@ def test_a_linear_layer_between_a_pair_reads_whole_sequences() -> None:
     assert [event.reason for event in result.rewrites] == ["2 operators, 1 ends"]
 
 
+def test_a_norm_over_the_second_of_two_axes_is_one_over_the_last() -> None:
+    check_pass(
+        UnflattenTokens(),
+        before=graph_of(
+            "m = Reshape(x, merged)  n = LayerNormalization<axis = 1>(m, v)  p = MatMul(n, w)  y = Reshape(p, parted)"
+        ),
+        after=HEAD + "{ n = LayerNormalization<axis = -1>(x, v)  y = MatMul(n, w) }",
+        feeds=FEED,
+    )
+
+
 def test_a_residual_inside_the_region_stays_one() -> None:
     check_pass(
         UnflattenTokens(),
@@ -90,10 +101,17 @@ def test_heads_are_merged_into_three_dimensions() -> None:
             "Add reads column beside them",
             id="a constant per token",
         ),
+        pytest.param(
+            "m = Reshape(x, merged)  n = LayerNormalization<axis = 0>(m, every)  p = MatMul(n, w)  y = Reshape(p, parted)",
+            "LayerNormalization is not over the last axis alone",
+            id="a norm over tokens",
+        ),
     ],
 )
 def test_what_is_not_row_wise_is_declined_with_its_reason(body: str, reason: str) -> None:
-    model = parse(HEAD.replace("float[2] c", "int64 zero = {0}, float[2] c") + f"{{ {body} }}")
+    every = ", ".join(["1.0"] * 24)
+    more = f"int64 zero = {{0}}, float[6, 4] every = {{{every}}}, float[2] c"
+    model = parse(HEAD.replace("float[2] c", more) + f"{{ {body} }}")
     for node in graph.nodes(model, "Reshape"):
         if node.outputs[0].name == "y":
             node.outputs[0].shape = ir.Shape(["b", "s", 2])
