@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,7 +117,8 @@ class Checkpoint:
             torch.save(self._content, unfinished)
             os.replace(unfinished, self._path)  # noqa: PTH105
         except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise self._fault(f"it cannot be written ({what})") from error
 

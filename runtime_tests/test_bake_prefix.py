@@ -12,6 +12,7 @@ from scalefold.compiler import artifact, compile_model, graph
 from scalefold.compiler.decoder import LOGITS, decoder_of
 from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Array, Feed, Session
+from scalefold.passes import bake_prefix
 from scalefold.passes.bake_prefix import BakePrefix, bake
 
 FAMILIES = ("gpt2", "opt", "bloom", "llama")
@@ -95,6 +96,21 @@ def test_a_massive_first_token_calls_for_a_prefix(decoder_models: dict[str, ir.M
     figures = result.rewrites[0].figures
     assert float(figures["largest_before"]) > 900 and float(figures["largest_after"]) < 100
     assert not BakePrefix(candidates=3).run(model, Context(search=feeds)).rewrites
+
+
+def test_a_full_position_table_has_no_room_for_a_prefix(
+    decoder_models: dict[str, ir.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder_models["gpt2"]  # of 64 positions
+    ids = np.random.default_rng(2).integers(5, 200, (1, 64))
+    assert bake_prefix._has_room(model, decoder_of(model), ids[:, :63], 5)
+    assert not bake_prefix._has_room(model, decoder_of(model), ids, 5)
+    massive = with_massive_first_token(decoder_models["llama"].clone())
+    monkeypatch.setattr(bake_prefix, "_has_room", lambda *_: False)
+    feed = decoder_of(massive).prompt_feed(ids[:, :8])
+    result = BakePrefix(candidates=3).run(massive, Context(search=[feed]))
+    assert [event.reason for event in result.declined] == ["the samples leave no room for it in the position table"]
+    assert not result.changed
 
 
 def test_a_calm_decoder_gets_none(decoder_models: dict[str, ir.Model]) -> None:

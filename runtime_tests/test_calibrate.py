@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from scalefold.compiler.calibrate import (
     DEFAULT_ORIGIN,
     Calibration,
+    RunningText,
     TextEncoder,
     calibration_from,
     collect,
@@ -340,8 +341,9 @@ def test_a_source_that_gives_nothing_holds_no_samples(numbers: ir.Model, source:
         ({"attention_mask": np.full((1, 3), 0.5)}, "sample 1 of feeds: attention_mask"),
         ({"x": np.ones((3, 2), np.float32)}, "sample 1 of feeds: x"),
         ({"x": np.ones((1, 3, 5), np.float32)}, "sample 1 of feeds: x"),
+        ({"x": [[1, 2], [3]]}, "sample 1 of feeds: x is not an array .*; give rows of one length"),
     ],
-    ids=["unknown input", "NaN", "infinity", "another kind", "another rank", "another size"],
+    ids=["unknown input", "NaN", "infinity", "another kind", "another rank", "another size", "rows of many lengths"],
 )
 def test_a_feed_that_does_not_fit_the_model_says_which_and_why(
     numbers: ir.Model, changed: dict[str, Array], message: str
@@ -405,6 +407,23 @@ def test_a_split_is_even_disjoint_and_whole(count: int, held: int) -> None:
     gaps = np.diff(numbers_of(apart))
     assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
     assert numbers_of(apart) == numbers_of(apart)
+
+
+def test_samples_that_an_even_split_cannot_part_are_not_split() -> None:
+    whole = numbered(17)
+    assert whole.split(16, 1) == (whole, whole)
+
+
+def test_windows_of_text_without_line_feeds_begin_at_words(
+    decoder_models: dict[str, ir.Model], tokenizer_file: Path
+) -> None:
+    text = "the value of an object is not a list " * 200
+    found = RunningText(tokenizer_file, decoder_models["gpt2"], 16, text).windows(6)
+    assert len(found) == 6
+
+
+def test_a_single_number_is_one_row() -> None:
+    assert rows_of(np.array(3, np.float32), None).tolist() == [[3.0]]
 
 
 @pytest.mark.parametrize("count", [1, 16, 47])

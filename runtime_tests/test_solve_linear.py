@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from scalefold.compiler.nearest_level import nearest_codes
+from scalefold.compiler.recipe import WeightFormat
+from scalefold.compiler.saturation import saturating
 from scalefold.compiler.schemes import Float, column_scales, weight_codes
+from scalefold.compiler.solve import solve
 from scalefold.compiler.solve_linear import LinearFit
 from scalefold.compiler.weight_formats import CodedWeight
 
@@ -88,6 +91,14 @@ def test_hqq_moves_the_zero_point_to_a_smaller_mean_absolute_error(bits: int) ->
 
     assert (distance(moved) <= distance(nearest) + 1e-7).all()
     assert distance(moved).mean() < 0.99 * distance(nearest).mean()
+
+
+def test_weights_midway_between_two_levels_do_not_keep_the_search_from_ending() -> None:
+    column = np.zeros((512, 1), np.float32)
+    column[:4, 0] = 127, 0, 64.5, 63.5
+    column[4:, 0] = np.random.default_rng(0).integers(-20, 21, 508)
+    solved = solve(column, WeightFormat(format="linear", bits=8, solver="mse"), activation_bits=8)
+    assert not saturating(solved.integers(), 8).any()
 
 
 def test_unimportant_rows_do_not_count() -> None:

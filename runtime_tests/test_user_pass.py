@@ -17,10 +17,20 @@ from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.user_pass import BY_CONTRACT, ExactUserPass, Takes, UserPass
 
 SURGERY = """
+import functools
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 
 number = 3
+
+def negate(model: ir.Model) -> None:
+    last = model.graph.outputs[0]
+    node = ir.node("Neg", [last])
+    node.outputs[0].shape, node.outputs[0].type = last.shape, last.type
+    model.graph.insert_after(last.producer(), [node])
+    name, last.name = last.name, "before"
+    node.outputs[0].name = name
+    model.graph.outputs[0] = node.outputs[0]
 
 def drop_identities(graph: gs.Graph) -> gs.Graph:
     for node in [node for node in graph.nodes if node.op == "Identity"]:
@@ -38,6 +48,8 @@ def not_annotated(model):
 
 def nothing_useful(model: ir.Model) -> int:
     return 3
+
+partly = functools.partial(halve)
 
 def broken(model: ir.Model) -> ir.Model:
     raise KeyError("weights")
@@ -58,6 +70,7 @@ AFTER = BEFORE.replace("i = Identity(s)  y = Relu(i)", "y = Relu(s)")
 @pytest.fixture(autouse=True)
 def surgery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "surgery.py").write_text(SURGERY)
+    (tmp_path / "unfinished.py").write_text("def function(:")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("surgery", None)
@@ -118,6 +131,9 @@ def test_the_contract_is_lossy_unless_declared() -> None:
         ("surgery.missing", "'surgery.missing' cannot be imported"),
         ("nowhere.at.all", "'nowhere.at.all' cannot be imported"),
         ("alone", "'alone' cannot be imported"),
+        ("unfinished.function", "'unfinished.function' cannot be imported"),
+        (".surgery.halve", "'.surgery.halve' cannot be imported"),
+        ("surgery.partly", "annotate its parameter"),
         ("surgery.number", "'surgery.number' is not a function"),
         ("surgery.not_annotated", "annotate its parameter"),
         ("surgery.nothing_useful", "it returned a int, not a Model"),
@@ -139,6 +155,13 @@ def test_a_recipe_names_functions_and_where_they_run(float_model: Path, feeds: l
     assert done["user-pass"].contract == "EXACT"
     assert report.integer_layers == 13
     assert report.outputs[0].mean_cosine > 0.98
+    (tmp_path / "negated.yaml").write_text(
+        'user_passes: [{function: "surgery:negate", place: before-migration}]\nmigration: {}\n'
+    )
+    negated = compile_model(
+        float_model, tmp_path / "n", recipe=tmp_path / "negated.yaml", calibration=feeds[:24], samples=8
+    )
+    assert negated.outputs[0].mean_cosine > 0.98  # against what the pass made of the model
     (tmp_path / "broken.yaml").write_text(RECIPE.replace("exact", "perhaps"))
     with pytest.raises(ScalefoldError, match=r"user_passes.0.contract: input should be 'exact'"):
         load_recipe(tmp_path / "broken.yaml")

@@ -303,6 +303,7 @@ def test_fidelity_leaves_padding_out() -> None:
 def test_sqnr_is_the_ratio_of_powers_in_decibels() -> None:
     wanted = np.array([3.0, 4.0], dtype=np.float32)
     assert verify.sqnr(wanted, wanted) == 200.0
+    assert verify.sqnr(wanted, wanted * np.float32(np.nan)) == -200.0
     assert verify.sqnr(wanted, wanted + np.float32(0.5)) == pytest.approx(10 * np.log10(25 / 0.5))
     assert verify.sqnr(wanted, np.zeros(2, dtype=np.float32)) == pytest.approx(0.0)
 
