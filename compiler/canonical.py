@@ -15,6 +15,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
+from scalefold.compiler.graph import captured
+
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal"})
 """Operators of two inputs that give the same bits in either order."""
 
@@ -145,7 +147,7 @@ class Form:
             vertex = Vertex(node, _operator(node), self._attributes(node))
             self.of_node[node] = vertex
             self.vertices.append(vertex)
-            vertex.slots = tuple(self.slot(value) for value in (*_trimmed(node.inputs), *_captured(node)))
+            vertex.slots = tuple(self.slot(value) for value in (*_trimmed(node.inputs), *captured(node)))
             for index, slot in enumerate(vertex.slots):
                 if isinstance(slot, Edge):
                     slot.vertex.readers.append((vertex, index, slot.output))
@@ -172,7 +174,7 @@ class Form:
     def _attributes(self, node: ir.Node) -> dict[str, str]:
         version = self.model.graph.opset_imports.get(node.domain, 1)
         defaults = _defaults(node.op_type, node.domain, version)
-        outer = {value: f"outer{index}" for index, value in enumerate(_captured(node))}
+        outer = {value: f"outer{index}" for index, value in enumerate(captured(node))}
         plain = {name: _plain(attribute, outer) for name, attribute in sorted(node.attributes.items())}
         return {name: text for name, text in plain.items() if defaults.get(name) != text}
 
@@ -260,29 +262,6 @@ def _body(graph: ir.Graph, outer: Mapping[ir.Value, str]) -> str:
         for out in node.outputs:
             numbers[out] = f"%{len(numbers)}"
     return f"{{{'; '.join(lines)} -> {', '.join(named(value) for value in graph.outputs)}}}"
-
-
-def _captured(node: ir.Node) -> tuple[ir.Value, ...]:
-    """The values of the main graph that the subgraphs of a node read, in order of first use, attributes by name."""
-    found: dict[ir.Value, None] = {}
-    bodies = [
-        body
-        for _, attribute in sorted(node.attributes.items())
-        for body in (
-            [attribute.value]
-            if attribute.type == ir.AttributeType.GRAPH
-            else list(attribute.value)
-            if attribute.type == ir.AttributeType.GRAPHS
-            else []
-        )
-    ]
-    for body in bodies:
-        for inner in body.all_nodes():
-            for value in inner.inputs:
-                if value is not None and value.graph is node.graph:
-                    found[value] = None
-        found.update(dict.fromkeys(value for value in body.outputs if value.graph is node.graph))
-    return tuple(found)
 
 
 def reading_order(form: Form) -> list[Vertex]:

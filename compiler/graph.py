@@ -285,6 +285,29 @@ def _is_vector(bias: ir.Value, weight: ir.Value) -> bool:
     return bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] == weight.shape[1]
 
 
+def captured(node: ir.Node) -> tuple[ir.Value, ...]:
+    """The values of the main graph that the subgraphs of a node read, in order of first use, attributes by name."""
+    found: dict[ir.Value, None] = {}
+    bodies = [
+        body
+        for _, attribute in sorted(node.attributes.items())
+        for body in (
+            [attribute.value]
+            if attribute.type == ir.AttributeType.GRAPH
+            else list(attribute.value)
+            if attribute.type == ir.AttributeType.GRAPHS
+            else []
+        )
+    ]
+    for body in bodies:
+        for inner in body.all_nodes():
+            for value in inner.inputs:
+                if value is not None and value.graph is node.graph:
+                    found[value] = None
+        found.update(dict.fromkeys(value for value in body.outputs if value.graph is node.graph))
+    return tuple(found)
+
+
 def ancestors(value: ir.Value, stop: Callable[[ir.Value], bool]) -> set[ir.Node]:
     """The nodes that `value` is computed from, not looking behind values for which `stop` holds."""
     found: set[ir.Node] = set()

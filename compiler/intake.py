@@ -17,6 +17,7 @@ from onnx_ir.passes.common import (
     ShapeInferencePass,
 )
 
+from scalefold.compiler import graph
 from scalefold.compiler.errors import GraphError, SourceError
 
 OLDEST_OPSET = 17
@@ -76,6 +77,10 @@ def clean(model: ir.Model, where: str) -> ir.Model:
     InlinePass()(model)
     LiftConstantsToInitializersPass()(model)
     RemoveInitializersFromInputsPass()(model)
+    for node in graph.nodes(model, "Identity"):  # TorchScript shares parameters so
+        source, out = node.inputs[0], node.outputs[0]
+        if source is not None and source.is_initializer() and not out.is_graph_output():
+            graph.bypass(out, source)
     hollow, large = _without_large(model)
     metadata = {node.name: dict(node.metadata_props) for node in model.graph if node.name and node.metadata_props}
     proto = _modern(ir.to_proto(hollow), where)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from scalefold.compiler import graph
+from scalefold.compiler.errors import GraphError
 from scalefold.compiler.runtime import Array, Feed, Session
 
 
@@ -149,6 +150,12 @@ class Walk:
 
         nodes = []
         for node in selected:
+            if graph.captured(node):
+                raise GraphError(
+                    f"its branches read values from outside, and an {node.op_type} cannot be run on its own then",
+                    where=node.name or node.op_type,
+                    remedy="let a simplifier decide the condition, or take a recipe without migration such as w8a8-naive",
+                )
             entries = [copy_of(entry, node) for entry in node.inputs]
             outs = [ir.Value(name=out.name, type=out.type) for out in node.outputs]
             copies.update(zip(node.outputs, outs, strict=True))

@@ -321,6 +321,17 @@ def test_constants_are_folded_and_dead_nodes_are_gone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Session(cleaned).run(feed)["y"], [[4.0, 6.0]])
 
 
+def test_a_large_constant_behind_an_identity_is_a_constant_of_its_readers() -> None:
+    numbers = ", ".join(["0.5"] * 1100)
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 20]> g (float[N, 1100] x) => (float[N, 1100] y)
+        <float[1100] gain = {{{numbers}}}> {{ s = Identity(gain)  y = LayerNormalization(x, s) }}"""
+    )
+    (norm,) = clean(model, "here").graph
+    assert norm.op_type == "LayerNormalization"
+    assert norm.inputs[1] is not None and norm.inputs[1].is_initializer()
+
+
 def test_an_input_that_nothing_reads_stays_an_input() -> None:
     text = """<ir_version: 10, opset_import: ["" : 20]>
     model (float[b, 2] x, float[b, 2] unused) => (float[b, 2] y)

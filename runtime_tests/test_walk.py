@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from scalefold.compiler import graph
+from scalefold.compiler.errors import GraphError
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.testing import parse
 from scalefold.compiler.walk import Walk
@@ -14,6 +15,12 @@ model (float[m, 2] x, float[m, 2] r) => (float[m, 2] y, float[m, 2] side)
 <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}, float[2, 2] u = {0.5, -1.0, 2.0, 1.0}, float[2] c = {1.0, -1.0}>
 { [relu] a = Relu(x)  [first] b = MatMul(a, w)  [bias] d = Add(b, c)  [second] e = MatMul(d, u)  [skip] f = Add(e, a)
   [twice] g = Add(d, d)  [end] y = Add(f, r)  [aside] side = Add(g, r) }
+"""
+BRANCHES = """<ir_version: 10, opset_import: ["" : 20]>
+model (bool c, float[m, 2] x) => (float[m, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}>
+{ n = Neg(x)
+  [choice] b = If(c) <then_branch = t () => (float[m, 2] r) {r = Relu(n)}, else_branch = e () => (float[m, 2] s) {s = Neg(n)}>
+  y = MatMul(b, w) }
 """
 GENERATOR = np.random.default_rng(4)
 FEEDS: list[Feed] = [
@@ -209,3 +216,14 @@ def test_a_piece_keeps_the_weights_of_the_graph() -> None:
 def test_a_walk_without_feeds_gives_no_arrays() -> None:
     model = parse(TEXT)
     assert Walk(model, []).value(value(model, "y")) == []
+
+
+def test_branches_that_read_from_outside_are_refused_with_a_sentence() -> None:
+    model = parse(BRANCHES)
+    feed: Feed = {"c": np.array(True), "x": np.ones((3, 2), np.float32)}
+    walk = Walk(model, [feed])
+    (product,) = graph.nodes(model, "MatMul")
+    wanted = product.inputs[0]
+    assert wanted is not None
+    with pytest.raises(GraphError, match=r"choice: its branches read values from outside.*w8a8-naive"):
+        walk.value(wanted)
