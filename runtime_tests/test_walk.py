@@ -19,7 +19,7 @@ model (float[m, 2] x, float[m, 2] r) => (float[m, 2] y, float[m, 2] side)
 BRANCHES = """<ir_version: 10, opset_import: ["" : 20]>
 model (bool c, float[m, 2] x) => (float[m, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}>
 { n = Neg(x)
-  [choice] b = If(c) <then_branch = t () => (float[m, 2] r) {r = Relu(n)}, else_branch = e () => (float[m, 2] s) {s = Neg(n)}>
+  [fork] b = If(c) <then_branch = t () => (float[m, 2] r) {r = Relu(n)}, else_branch = e () => (float[m, 2] s) {s = Neg(n)}>
   y = MatMul(b, w) }
 """
 GENERATOR = np.random.default_rng(4)
@@ -225,5 +225,5 @@ def test_branches_that_read_from_outside_are_refused_with_a_sentence() -> None:
     (product,) = graph.nodes(model, "MatMul")
     wanted = product.inputs[0]
     assert wanted is not None
-    with pytest.raises(GraphError, match=r"choice: its branches read values from outside.*w8a8-naive"):
+    with pytest.raises(GraphError, match=r"fork: its branches read values from outside.*w8a8-naive"):
         walk.value(wanted)
