@@ -339,6 +339,9 @@ class Recipe(_Section):
         if self.activations is None and useless:
             message = f"{', '.join(useless)} would do nothing, because activations are null and stay float"
             raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
+        if self.activations is not None and not self.activations.clipping and self.exceptions is not None:
+            message = "exceptions are judged where ranges are fitted: give activations.clipping more than 0"
+            raise PydanticCustomError(COMBINATION, "{faults}", {"faults": message})
         return self
 
     @model_validator(mode="after")

@@ -243,6 +243,7 @@ def test_learning_needs_static_ranges() -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
+        ("exceptions: {}", "exceptions are judged where ranges are fitted: give activations.clipping more than 0"),
         ("learning: {ranges: true, end_to_end_steps: 0}", "learning: ranges are learned end to end"),
         (
             "learning: {ranges: true}\nactivations: {granularity: per-token}",
@@ -250,7 +251,7 @@ def test_learning_needs_static_ranges() -> None:
         ),
     ],
 )
-def test_ranges_that_could_not_be_learned_are_a_fault(folder: Path, text: str, fault: str) -> None:
+def test_sections_that_could_do_nothing_are_a_fault(folder: Path, text: str, fault: str) -> None:
     with pytest.raises(RecipeError, match=fault) as caught:
         load_recipe(written(folder, text))
     assert len(caught.value.faults) == 1
