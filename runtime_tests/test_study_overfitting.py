@@ -89,6 +89,17 @@ def test_the_sentences_follow_from_the_figures() -> None:
     ]
 
 
+def test_what_calibration_alone_loses_elsewhere_is_not_held_against_learning() -> None:
+    calibrated = study.Row(study.OSPLUS, 8, 0, {"prose": 50.0, "code": 42.0})
+    (_, said) = study.sentences(
+        [FLOAT, calibrated, *ROWS[2:3], study.Row(study.BOTH, 8, 16, {"prose": 50, "code": 42})], "prose"
+    )
+    assert said == (
+        "Quadapter 1+2 at 8 bits: +0.0% to float in prose, +5.0% in code, the worst outside it; "
+        "it does not lose outside its domain."
+    )
+
+
 def test_the_figures_are_written_as_json_a_table_and_a_plot(tmp_path: Path) -> None:
     study.write(ROWS, PLAN, tmp_path / "new")
     content = json.loads((tmp_path / "new/overfitting.json").read_text())
