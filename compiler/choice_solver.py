@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -94,17 +97,37 @@ def _program(items: Items, minimise: Quantity, limits: Mapping[Quantity, float],
         allowed[column > most] = 0
         if most > 0:
             rows.append(LinearConstraint(column[None] / most, -np.inf, 1 - margin))
-    found = milp(
-        costs / (least(items, minimise) or costs.max() or 1.0),
-        constraints=rows,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, allowed),
-        options={"mip_rel_gap": GAP},
-    )
+    with _unheard():
+        found = milp(
+            costs / (least(items, minimise) or costs.max() or 1.0),
+            constraints=rows,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, allowed),
+            options={"mip_rel_gap": GAP},
+        )
     if found.x is None:
         return None
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     return [int(np.argmax(part)) for part in np.split(found.x, starts[1:])]
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep out of standard output what HiGHS prints there past Python, now and then: with `--json` others read it."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed: nobody hears anything
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def solve_twice(items: Items, first: Quantity, then: Quantity, limits: Mapping[Quantity, float]) -> list[int] | None:

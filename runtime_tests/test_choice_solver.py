@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from scalefold.compiler import choice_solver
 from scalefold.compiler.choice_solver import Option, Quantity, front, least, solve, solve_twice, total
@@ -93,3 +96,20 @@ def test_a_missing_scipy_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(SourceError, match=r"needs the package scipy.*pip install 'scalefold\[auto\]'"):
         choice_solver.require_solver()
+
+
+def test_what_the_solver_prints_past_python_is_not_heard(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = made_up(1)
+    wanted = solve(items, "error", {})
+    milp = scipy.optimize.milp
+
+    def loud(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", loud)
+    assert solve(items, "error", {}) == wanted
+    os.write(1, b"heard again")
+    assert capfd.readouterr().out == "heard again"
