@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -125,6 +126,8 @@ def _unheard() -> Iterator[None]:
         os.dup2(nowhere, 1)
         yield
     finally:
+        with suppress(OSError, AttributeError, TypeError):  # where the C library is not found by this name
+            ctypes.CDLL(None).fflush(None)  # it keeps what was printed until later
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)

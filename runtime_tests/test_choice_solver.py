@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import sys
@@ -106,10 +107,11 @@ def test_what_the_solver_prints_past_python_is_not_heard(
     milp = scipy.optimize.milp
 
     def loud(*arguments: Any, **options: Any) -> Any:
-        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
+        ctypes.CDLL(None).printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
         return milp(*arguments, **options)
 
     monkeypatch.setattr(scipy.optimize, "milp", loud)
     assert solve(items, "error", {}) == wanted
+    ctypes.CDLL(None).fflush(None)
     os.write(1, b"heard again")
     assert capfd.readouterr().out == "heard again"
