@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -214,14 +215,21 @@ def default_running_text() -> str:
 def _documents() -> list[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     documents = [topics[key] for key in sorted(topics)]
+    for module in modules_with_prose():
+        classes = inspect.getmembers(module, inspect.isclass)
+        members = [member for _, member in classes if member.__module__ == module.__name__]
+        documents += [inspect.getdoc(entry) or "" for entry in (module, *members)]
+    return documents
+
+
+def modules_with_prose() -> Iterator[ModuleType]:
+    """Those of `MODULES_WITH_PROSE` that this Python has, in their order."""
     for name in MODULES_WITH_PROSE:
         try:
             module = importlib.import_module(name)
         except ImportError:  # turtle needs tkinter, which some distributions package apart
             continue
-        members = [member for _, member in inspect.getmembers(module, inspect.isclass) if member.__module__ == name]
-        documents += [inspect.getdoc(entry) or "" for entry in (module, *members)]
-    return documents
+        yield module
 
 
 def _is_prose(text: str) -> bool:

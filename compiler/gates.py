@@ -175,10 +175,9 @@ def _batch(alone: Feed, side: str, decoder: Decoder | None) -> Feed:
     if decoder is not None:
         return decoder.prompt_feed(padded, mask)
     feed: dict[str, Array] = {"input_ids": padded, "attention_mask": mask.astype(alone["attention_mask"].dtype)}
-    for name in alone.keys() - feed.keys():
-        feed[name] = np.resize(alone[name][0], padded.shape)  # the types of the tokens, each row alike
-        if name == "position_ids":
-            feed[name] = np.broadcast_to(alone[name][0, 0] + np.arange(longer), padded.shape).astype(padded.dtype)
+    for name in alone.keys() - feed.keys():  # positions, which go on, and the types of the tokens; each row alike
+        row = alone[name][0, 0] + np.arange(longer) if name == "position_ids" else alone[name][0]
+        feed[name] = np.resize(row, padded.shape).astype(alone[name].dtype)
     return feed
 
 

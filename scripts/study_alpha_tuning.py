@@ -97,13 +97,9 @@ def main() -> None:
 def docstrings() -> list[dict[str, str]]:
     """Names of the standard library's functions and classes, and the first sentences of their docstrings."""
     rows = {}
-    for name in calibrate.MODULES_WITH_PROSE:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # turtle needs tkinter, which some distributions package apart
-            continue
+    for module in calibrate.modules_with_prose():
         for key, entry in inspect.getmembers(module, lambda value: inspect.isfunction(value) or inspect.isclass(value)):
-            for where, text in documented(f"{name}.{key}", entry):
+            for where, text in documented(f"{module.__name__}.{key}", entry):
                 sentence = " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
                 if 20 <= len(sentence) <= LONGEST and not key.startswith("_"):
                     rows[where] = sentence
