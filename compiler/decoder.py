@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler.errors import SourceError
-from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
+from scalefold.compiler.runtime import NUMPY_TYPES, Array, Feed, Session, inputs_of
 
 LOGITS = "logits"
 ROWS = 64
@@ -30,10 +30,6 @@ PREFIX = ".prefix"
 PAIRED_PREFIXES = (("input.", "output."), ("past_key_values.", "present."))
 """How exporters name the cache on its way in and out: transformers' own, and the older one of optimum."""
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
-NUMPY_TYPES = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
-    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,12 @@ class Embeddings(_Section):
         return self
 
 
+class Cache(_Section):
+    """Keys and values of a decoder between steps: static, asymmetric, one scale per layer for keys and one for values."""
+
+    bits: Literal[8] = Field(8, description="bits per number; the cache that goes in and out is uint8")
+
+
 class Migration(_Section):
     """Outlier Suppression+ where channels of linear layers' inputs can be shifted and scaled without a trace."""
 
@@ -313,6 +319,7 @@ class Recipe(_Section):
     weights: Weights = Weights()
     activations: Activations | None = Activations()
     embeddings: Embeddings | None = None
+    cache: Cache | None = None
     prefix: Prefix | None = None
     migration: Migration | None = None
     learning: Learning | None = None

@@ -23,6 +23,12 @@ from scalefold.compiler.errors import CalibrationError, GraphError, ScalefoldErr
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 
+NUMPY_TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
+"""The numbers of an input of each type that sessions name."""
+
 INLINE_BYTES = 1024
 """Initializers larger than this are handed to onnxruntime by reference instead of through protobuf."""
 
@@ -91,15 +97,22 @@ class Session:
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one feed; inputs that the graph does not take are left out.
 
+        What holds no numbers, an empty cache, fits whatever type the graph keeps its cache in.
+
         Raises:
             CalibrationError: it has not all the inputs that the graph needs, or does not fit them.
         """
         missing = [name for name, kind in self.inputs.items() if name not in feed and not kind.startswith("optional")]
         if missing:
             raise _cannot_run(f"it has no {', '.join(missing[:3])}")
-        feeds = {name: feed[name] for name in self.inputs if name in feed}
+        feeds = {name: _typed(feed[name], kind) for name, kind in self.inputs.items() if name in feed}
         with faults_become(_cannot_run):
             return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+
+
+def _typed(array: Array, kind: str) -> Array:
+    """An array without numbers in the type of an input, any other as it is."""
+    return array if array.size or kind not in NUMPY_TYPES else array.astype(NUMPY_TYPES[kind], copy=False)
 
 
 def session_options(*, optimize: bool = True, threads: int = 0, quiet: bool = True) -> onnxruntime.SessionOptions:

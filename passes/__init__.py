@@ -22,6 +22,7 @@ from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.normalize_linear import NormalizeLinear
 from scalefold.passes.pack_weights import PackWeights
 from scalefold.passes.quantize_bias import QuantizeBias
+from scalefold.passes.quantize_cache import QuantizeCache
 from scalefold.passes.quantize_embeddings import QuantizeEmbeddings
 from scalefold.passes.quantize_weights import QuantizeWeights
 from scalefold.passes.recover_gelu import RecoverGelu
@@ -131,6 +132,8 @@ def _quantize(recipe: Recipe) -> tuple[Pass, ...]:
         passes += _fitted(activations, recipe.exceptions)
     if recipe.embeddings is not None:
         passes.append(QuantizeEmbeddings(recipe.embeddings.weight))
+    if recipe.cache is not None:
+        passes.append(QuantizeCache())
     return tuple(passes)
 
 

@@ -32,6 +32,7 @@ class _Heads:
         factor: what the heads are multiplied with.
         rotary: the RotaryEmbedding that turns them.
         cache: the Concat that puts them behind those of earlier tokens.
+        whole: x is all heads already, [B, H, T, D], read out of a cache of integers.
     """
 
     x: ir.Value
@@ -40,16 +41,27 @@ class _Heads:
     factor: float
     rotary: ir.Node | None = None
     cache: ir.Node | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class _Core:
+    """An attention core.
+
+    Attributes:
+        turned: the queries as they are multiplied, [B, H, S, D], before they are scaled.
+        heads: the result before its heads are joined, [B, H, S, D].
+        end: the result, [B, S, H*D].
+    """
+
     query: _Heads
     key: _Heads
     value: _Heads
+    turned: ir.Value
     mask: ir.Value | None
     factor: float
     guarded: bool
+    heads: ir.Value
     end: ir.Value
 
 
@@ -63,6 +75,9 @@ class FuseAttention:
 
     before:  keys = Concat(past, RotaryEmbedding(heads(k))),  values = Concat(past', heads(v)), both repeated H / G times
     after:   y, keys, values = Attention(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past, past'; kv_num_heads = G)
+
+    before:  keys, values as quantize-cache reads them, [B, G, T, D], both repeated H / G times
+    after:   Attention(heads(q), keys, values, mask), on four dimensions; the heads are joined as before
 
     q, k, v and the result are [B, S, H*D]; the mask is additive, [B, 1, S, T], expanded once when it is [B, 1, 1, T];
     T = P + S where P earlier tokens are in the cache, [B, G, P, D]. The
@@ -131,16 +146,21 @@ def _match(softmax: ir.Node) -> _Core | str:
     end = _joined(core, query.heads * query.size)
     if end is None:
         return "the heads are not joined behind it"
-    return _Core(query, key, value, mask, factor * query.factor * key.factor, cleared or guard is not None, end)
+    turned = _unscaled(product.inputs[0])[0]
+    assert turned is not None
+    factor *= query.factor * key.factor
+    return _Core(query, key, value, turned, mask, factor, cleared or guard is not None, core, end)
 
 
 def _mismatch(query: _Heads, key: _Heads, value: _Heads) -> str | None:
     """Why these cannot meet in one operator, or None."""
     if len({part.size for part in (query, key, value)}) > 1 or key.heads != value.heads or query.heads % key.heads:
         return "queries, keys and values differ in heads"
-    if query.cache is not None or (key.cache is None) != (value.cache is None):
+    if query.whole or query.cache is not None or (key.cache is None) != (value.cache is None):
         return "not keys and values both, and they alone, have a cache"
-    if key.cache is None and key.heads != query.heads:
+    if key.whole != value.whole:
+        return "not keys and values both have a cache of integers"
+    if key.cache is None and not key.whole and key.heads != query.heads:
         return "keys and values are repeated, but not from a cache"
     if value.factor != 1.0:
         return "values are scaled"
@@ -200,6 +220,12 @@ def _heads(value: ir.Value | None) -> _Heads | None:
     """heads(x), possibly scaled, rotated, behind a cache and repeated."""
     inner, factor = _unscaled(value)
     inner = _unrepeated(inner)
+    if inner is not None and _is_read_from_integers(inner):
+        sizes = list(inner.shape) if inner.shape is not None else []
+        heads, size = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
+        return (
+            _Heads(inner, heads, size, factor, whole=True) if isinstance(heads, int) and isinstance(size, int) else None
+        )
     cache = graph.producer(inner, "Concat")
     if cache is not None:
         if len(cache.inputs) != 2 or graph.attribute(cache, "axis") not in (-2, 2):
@@ -215,6 +241,12 @@ def _heads(value: ir.Value | None) -> _Heads | None:
         return None
     found = _split(transpose.inputs[0], factor)
     return None if found is None else replace(found, rotary=rotary, cache=cache)
+
+
+def _is_read_from_integers(value: ir.Value) -> bool:
+    """Whether it is a cache that quantize-cache made, possibly behind a prefix."""
+    behind = graph.producer(value, "Concat")
+    return graph.producer(behind.inputs[-1] if behind is not None else value, "DequantizeLinear") is not None
 
 
 def _unrepeated(value: ir.Value | None) -> ir.Value | None:
@@ -353,20 +385,40 @@ def _fuse(
     last = core.end.producer()
     assert last is not None
     name = softmax.name or core.end.name
+    if core.key.whole:
+        return _fuse_heads(model, f"{name}.attention", core, masks)
     turned = [_turned(part, f"{name}.{kind}") for kind, part in (("query", core.query), ("key", core.key))]
     inputs: list[ir.Value | None] = [*(value for value, _ in turned), core.value.x]
     caches = [cache for cache in (core.key.cache, core.value.cache) if cache is not None]
     if core.mask is not None or caches:
         inputs.append(None if core.mask is None else _prepared(model, core, masks))
     inputs += [cache.inputs[0] for cache in caches]
-    attributes: dict[str, int | float] = {"q_num_heads": core.query.heads, "kv_num_heads": core.key.heads}
-    if not math.isclose(core.factor, core.query.size**-0.5, rel_tol=1e-6):
-        attributes["scale"] = core.factor
+    attributes = {"q_num_heads": core.query.heads, "kv_num_heads": core.key.heads, **_scale(core)}
     fused = ir.node("Attention", inputs, attributes, num_outputs=1 + len(caches), name=f"{name}.attention")
     graph.insert_after(last, [*(node for _, node in turned if node is not None), fused])
     for old, new in zip([core.end, *(cache.outputs[0] for cache in caches)], fused.outputs, strict=True):
         _take_over(old, new)
     return fused
+
+
+def _fuse_heads(
+    model: ir.Model, name: str, core: _Core, masks: dict[tuple[ir.Value, bool, object], ir.Value]
+) -> ir.Node:
+    """The operator on four dimensions; queries are split, and the result is joined, by the nodes that are there."""
+    inputs: list[ir.Value | None] = [core.turned, core.key.x, core.value.x]
+    if core.mask is not None:
+        inputs.append(_prepared(model, core, masks))
+    fused = ir.node("Attention", inputs, _scale(core), name=name)
+    last = core.heads.producer()
+    assert last is not None
+    graph.insert_after(last, [fused])
+    _take_over(core.heads, fused.outputs[0])
+    return fused
+
+
+def _scale(core: _Core) -> dict[str, int | float]:
+    """The factor as an attribute, unless it is the operator's own."""
+    return {} if math.isclose(core.factor, core.query.size**-0.5, rel_tol=1e-6) else {"scale": core.factor}
 
 
 def _turned(part: _Heads, name: str) -> tuple[ir.Value, ir.Node | None]:
