@@ -123,7 +123,9 @@ def _quantize(model: ir.Model, entry: _Join, affine: Affine) -> ir.Node:
     new = [rounded, kept, read]
     if entry.prefix is not None:
         new.append(ir.node("Concat", [entry.prefix, read.outputs[0]], {"axis": 2}, name=f"{name}.behind_prefix"))
-        graph.like(new[-1].outputs[0], present).shape = whole.shape
+        longer = graph.like(new[-1].outputs[0], present)
+        if present.shape is not None:
+            longer.shape = ir.Shape([None if axis == 2 else size for axis, size in enumerate(present.shape)])
     graph.insert_after(entry.concat, new)
     _read_instead(whole, new[-1].outputs[0], new)
     present.name, kept.outputs[0].name = f"{output}.float", output
