@@ -76,6 +76,34 @@ def restored_rows(product: ir.Node) -> ir.Node | None:
     return restore if offset is not None and found[0] in offset.inputs else None
 
 
+def summed_codes(product: ir.Node) -> ir.Node | None:
+    """The Add of the products of the two codes of one activation with one weight, or None.
+
+    `product` is that of the coarse code, and may be fused.
+    """
+    total = graph.only_consumer(product.outputs[0], "Add")
+    other = graph.producer(graph.other_input(total, product.outputs[0]), product.op_type) if total is not None else None
+    same = other is not None and other.inputs[1] is product.inputs[1]
+    coarse = coarse_quantizer(_quantizer_of(other))
+    return total if same and coarse is not None and coarse is _quantizer_of(product) else None
+
+
+def coarse_quantizer(fine: ir.Node | None) -> ir.Node | None:
+    """The quantizer whose error a second one rounds: QuantizeLinear(x) for QuantizeLinear(x - dq(QuantizeLinear(x)))."""
+    left_over = graph.producer(fine.inputs[0], "Sub") if fine is not None else None
+    read = graph.producer(left_over.inputs[1], "DequantizeLinear") if left_over is not None else None
+    coarse = graph.producer(read.inputs[0], "QuantizeLinear") if read is not None else None
+    return coarse if coarse and left_over and coarse.inputs[0] is left_over.inputs[0] else None
+
+
+def _quantizer_of(product: ir.Node | None) -> ir.Node | None:
+    """What rounds the input of a product, fused or not."""
+    if product is None:
+        return None
+    read = graph.producer(product.inputs[0], "DequantizeLinear")
+    return graph.producer(read.inputs[0] if read is not None else product.inputs[0], "QuantizeLinear")
+
+
 def _normal_form(model: ir.Model) -> bool:
     return all(graph.gemm_obstacle(node) for node in graph.nodes(model, "Gemm"))
 

@@ -268,7 +268,7 @@ class Prefix(_Section):
 
 
 class Exceptions(_Section):
-    """Ranges per token for the few activations of a decoder that no static range holds, chosen by measurement."""
+    """Something finer for the few activations of a decoder that no static range of 8 bits holds, chosen by measurement."""
 
     divergence: float = Field(
         0.02, gt=0, description="divergence of the logits from float, in nats per token, that is good enough"
@@ -276,8 +276,15 @@ class Exceptions(_Section):
     per_token_share: float = Field(
         0.25, ge=0, le=1, description="largest share of the linear multiply-adds that may get a range per token"
     )
+    two_codes_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest share of the linear multiply-adds that may read their input in two codes of 8 bits, which comes"
+        " before ranges per token and is static; each is then done twice",
+    )
     float_divergence: float = Field(
-        0.1, gt=0, description="divergence, with ranges per token, above which layers are left in float"
+        0.1, gt=0, description="divergence, with all that is finer, above which layers are left in float"
     )
     float_share: float = Field(
         0.05, ge=0, le=1, description="largest share of the linear multiply-adds that may be left in float"

@@ -6,6 +6,7 @@ Truth table (b is the number of bits, held in an 8-bit container):
 | ---------- | --------- | -------------------------- | --------------- | ----------------- | --------- |
 | activation | uint8     | 0 .. 2^b - 1               | one per tensor  | one, in the codes | no        |
 | same, rows | uint8     | 0 .. 2^b - 1               | one per row     | the row's minimum | no        |
+| same, two  | 2 x uint8 | 0 .. 255 each              | 256 t and t     | one, and 128      | no        |
 | weight     | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per column  | 0                 | yes       |
 | embedding  | int8      | -(2^(b-1)-1) .. 2^(b-1)-1  | one per row     | 0                 | yes       |
 | bias       | int32     | all                        | act. x weight   | 0                 | yes       |
@@ -29,6 +30,9 @@ from scalefold.compiler.saturation import largest_pair, pair_limit
 
 Float = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8] | npt.NDArray[np.int8]
+
+ROOM = 4
+"""How much further than its extremes in calibration an activation in two codes may reach: a bit or two of sixteen."""
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny) * 1024
 
@@ -94,6 +98,19 @@ def activation_grid(low: float, high: float, bits: int = 8) -> Affine:
     scale = float(np.float32(max((high - low) / codes, SMALLEST_SCALE)))
     zero_point = int(np.clip(np.rint(-low / scale), 0, codes))
     return Affine(scale=scale, zero_point=zero_point, bits=bits)
+
+
+def two_code_grids(low: float, high: float) -> tuple[Affine, Affine]:
+    """The coarse grid of an activation in two uint8 codes, and the fine one of what the coarse code leaves over.
+
+    A coarse step is 256 fine ones, so the two together are a code of 16 bits; there is room for `ROOM` times the range.
+
+    Args:
+        low: smallest value that calibration saw.
+        high: largest value that it saw.
+    """
+    coarse = activation_grid(ROOM * low, ROOM * high)
+    return coarse, Affine(float(np.float32(max(coarse.scale / 256, SMALLEST_SCALE))), 128)
 
 
 def row_grid(bits: int = 8) -> Affine:

@@ -17,7 +17,7 @@ from scalefold.compiler import artifact, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import ROWS
 from scalefold.compiler.errors import KernelError, SourceError
-from scalefold.compiler.facts import restored_rows, weight_array, weight_dequantizer
+from scalefold.compiler.facts import restored_rows, summed_codes, weight_array, weight_dequantizer
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
@@ -27,7 +27,7 @@ INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
 )
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
-Activation = Literal["per-tensor", "per-token", "float"]
+Activation = Literal["per-tensor", "two codes", "per-token", "float"]
 EFFECTS: dict[Effect, str] = {
     "missed": "not as an integer kernel",
     "slow": "not as a fast integer kernel",
@@ -226,6 +226,8 @@ def _shape_of(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
 def _activation_of(node: ir.Node) -> Activation:
     if restored_rows(node) is not None:
         return "per-token"
+    if summed_codes(node) is not None:
+        return "two codes"
     quantized = node.op_type in INTEGER_KERNELS - {"MatMulNBits"} or (
         graph.producer(node.inputs[0], "DequantizeLinear") is not None
     )
@@ -404,7 +406,7 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed], f
 
 
 def _layer_output(matmul: ir.Node) -> str:
-    out = (restored_rows(matmul) or matmul).outputs[0]
+    out = (restored_rows(matmul) or summed_codes(matmul) or matmul).outputs[0]
     add = graph.only_consumer(out, "Add")
     bias = graph.other_input(add, out) if add is not None else None
     last = add.outputs[0] if add is not None and bias is not None and bias.is_initializer() else out

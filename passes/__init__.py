@@ -149,6 +149,7 @@ def _fitted(activations: Activations, exceptions: Exceptions | None) -> list[Pas
             exceptions.per_token_share,
             exceptions.float_divergence,
             exceptions.float_share,
+            exceptions.two_codes_share,
         )
     return [ClipRanges(clipping, activations.clipping_step, bits, activations.clipping_refine), fit]
 

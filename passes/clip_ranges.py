@@ -13,7 +13,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import is_decoder
-from scalefold.compiler.facts import Fact, row_range, weight_dequantizer
+from scalefold.compiler.facts import Fact, coarse_quantizer, row_range, weight_dequantizer
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Affine
@@ -161,9 +161,14 @@ def _is_static(node: ir.Node) -> bool:
 def layers_of(quantize: ir.Node) -> list[ir.Node]:
     """The products of quantized layers that read what a quantizer makes, and nothing but they; else none.
 
-    None too where its grid is not one uint8 grid of constants that the DequantizeLinear behind it share.
+    None too where its grid is not one uint8 grid of constants that the DequantizeLinear behind it share, and for the
+    second of two codes.
     """
-    if len(quantize.inputs) < 3 or any(graph.scalar(value) is None for value in quantize.inputs[1:3]):
+    if (
+        coarse_quantizer(quantize) is not None
+        or len(quantize.inputs) < 3
+        or any(graph.scalar(value) is None for value in quantize.inputs[1:3])
+    ):
         return []
     zero, readers = quantize.inputs[2], graph.consumers(quantize.outputs[0])
     same = all(node.op_type == "DequantizeLinear" and node.inputs[1:] == quantize.inputs[1:] for node in readers)

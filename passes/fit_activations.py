@@ -1,4 +1,4 @@
-"""Fit each activation of a decoder: the range it is clipped to, and a range per token where no static one will do."""
+"""Fit each activation of a decoder: the range it is clipped to, and something finer where no static range will do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.schemes import Affine, Float
 from scalefold.compiler.stats import TokenRange
 from scalefold.passes.clip_ranges import current_grid, layers_of, set_grid, source_of
-from scalefold.passes.insert_qdq import LEARNED_RANGE, quantize_rows
+from scalefold.passes.insert_qdq import LEARNED_RANGE, quantize_rows, quantize_twice
 
 SHARES = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares of tokens whose extremes may be clipped, tried below 8 bits, where rounding weighs more than clipping. At 8 bits
@@ -60,27 +60,30 @@ class _Quantizer:
 
 @dataclass(frozen=True)
 class FitActivations:
-    """Choose clipped ranges by the error of each layer's product, and per-token ranges by the error of the logits.
+    """Choose clipped ranges by the error of each layer's product, and what is finer by the error of the logits.
 
     before:  MatMul(dq(QuantizeLinear(x, s, z)), dq(W))      s, z from the extremes of all tokens
     after:   the same with s', z' from the quantiles of the tokens' extremes; or, where that is not enough,
+             h = dq(QuantizeLinear(x, 256 t, z));  MatMul(h, dq(W)) + MatMul(dq(QuantizeLinear(x - h, t)), dq(W)), or
              MatMul(dq(QuantizeLinear((x - m) / r)), dq(W)) * r + m c, per token (see insert-qdq)
 
     x is [..., K], W [K, N]. Below 8 bits a range is chosen by the least |(Q(x) - x) W|^2, estimated along random
     directions (Johnson and Lindenstrauss 1984), which costs a small part of a product; at 8 bits it stays that of all
     tokens. Then, while the logits diverge from the float model's by more than the target, the layers whose products lose
-    most get a range per token, worst first and twice as many at each step, within the share of multiply-adds that may be
-    so. Where they diverge by more than a second, larger target even then, the worst of the other layers stay in float:
+    most get a finer input, worst first and twice as many at each step, within the shares of multiply-adds that may be so:
+    two codes of 8 bits, coarse and fine, static still, with a product each; and a range per token. Where they diverge by
+    more than a second, larger target even then, the worst of the other layers stay in float:
 
     after:   MatMul(x, W)
 
     Attributes:
         bits: bits of the activations.
-        target: Kullback-Leibler divergence of the logits, in nats per token, that is good enough; None never turns to
-            ranges per token.
+        target: Kullback-Leibler divergence of the logits, in nats per token, that is good enough; None makes nothing
+            finer.
         per_token_share: largest share of the linear multiply-adds that may get a range per token.
         float_target: divergence above which layers are left in float, once ranges per token are given out.
         float_share: largest share of the linear multiply-adds that may be left in float.
+        two_codes_share: largest share of the linear multiply-adds that may read their input in two codes.
     """
 
     name: ClassVar[str] = "fit-activations"
@@ -93,6 +96,7 @@ class FitActivations:
     per_token_share: float = 0.25
     float_target: float = 0.1
     float_share: float = 0.05
+    two_codes_share: float = 0.0
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fit every static quantizer of a decoder; another model is left alone."""
@@ -155,27 +159,49 @@ class FitActivations:
         return rewrites, declined
 
     def _relax(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context, target: float) -> list[Event]:
-        """Give ranges per token to the layers that lose most, then leave others in float, until the logits are close."""
+        """Make the inputs finer that lose most, then leave layers in float, until the logits are close."""
         logits, operations = _Logits(ctx), _all_operations(model)
-        found = logits.divergence(model)
-        gaining = [entry for entry in quantizers if entry.error_per_token < 0.5 * entry.errors.min()]
         events: list[Event] = []
-        with ctx.progress("choosing layers per token", len(gaining)) as advance:
-            for chosen in _batches(gaining, len(quantizers), self.per_token_share * operations, advance):
-                if found <= target:
-                    break
-                events += [self._per_token(model, entry, found) for entry in chosen]
-                found = logits.divergence(model)
-        if found <= self.float_target:
-            return events
-        relaxed = {event.node for event in events}
-        static = [entry for entry in quantizers if entry.readers[0] not in relaxed]
-        with ctx.progress("choosing float layers", len(static)) as advance:
-            for chosen in _batches(static, len(quantizers), self.float_share * operations, advance):
-                if found <= self.float_target:
-                    break
-                events += [_leave_in_float(model, entry, ctx, found) for entry in chosen]
-                found = logits.divergence(model)
+        found = logits.divergence(model)
+
+        def until(
+            good: float,
+            share: float,
+            what: str,
+            change: Callable[[_Quantizer, float], Event],
+            gains: Callable[[_Quantizer], bool],
+        ) -> None:
+            nonlocal found
+            changed = {event.node for event in events}
+            waiting = [entry for entry in quantizers if entry.readers[0] not in changed and gains(entry)]
+            with ctx.progress(what, len(waiting)) as advance:
+                for chosen in _batches(waiting, len(quantizers), share * operations, advance):
+                    if found <= good:
+                        break
+                    events.extend([change(entry, found) for entry in chosen])
+                    found = logits.divergence(model)
+
+        until(
+            target,
+            self.two_codes_share,
+            "choosing layers of two codes",
+            lambda entry, before: _in_two_codes(model, entry, before),
+            lambda entry: self.bits == 8,
+        )
+        until(
+            target,
+            self.per_token_share,
+            "choosing layers per token",
+            lambda entry, before: self._per_token(model, entry, before),
+            lambda entry: entry.error_per_token < 0.5 * entry.errors.min(),
+        )
+        until(
+            self.float_target,
+            self.float_share,
+            "choosing float layers",
+            lambda entry, before: _leave_in_float(model, entry, ctx, before),
+            lambda entry: True,
+        )
         return events
 
     def _per_token(self, model: ir.Model, entry: _Quantizer, before: float) -> Event:
@@ -208,6 +234,17 @@ def _batches(
         if chosen:
             yield chosen
         step *= 2
+
+
+def _in_two_codes(model: ir.Model, entry: _Quantizer, before: float) -> Event:
+    grid = current_grid(entry.node, 8)
+    coarse, fine = schemes.two_code_grids(grid.low, grid.high)
+    for reader in entry.readers:
+        reader.replace_input_with(0, entry.x)
+    graph.sweep(model)
+    quantize_twice(model, entry.readers, coarse, fine)
+    figures = {"sqnr_db_static": _decibels(entry.least()), "scale": fine.scale, "divergence_before": before}
+    return Event(entry.readers[0], "no range of 8 bits holds it: in two codes", figures)
 
 
 def _leave_in_float(model: ir.Model, entry: _Quantizer, ctx: Context, before: float) -> Event:

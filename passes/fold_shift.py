@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import Fact, restored_rows
+from scalefold.compiler.facts import Fact, restored_rows, summed_codes
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 
@@ -21,7 +21,7 @@ class FoldShift:
     after:   Add(r, Add(y, b + z))
 
     r and y are [..., C], z and b constants [C]; y is a product, so that the integer kernel applies b + z at no cost, or a
-    per-token product with its rows restored, whose bias is added anyway.
+    per-token product with its rows restored or the sum of two, whose bias is added anyway.
     """
 
     name: ClassVar[str] = "fold-shift"
@@ -64,10 +64,12 @@ def _vector_of(add: ir.Node) -> ir.Value | None:
 
 
 def _is_product(value: ir.Value | None) -> bool:
-    """Whether a MatMul makes `value`, or the Add that restores the rows of a per-token one."""
+    """Whether a MatMul makes `value`, or the Add that restores the rows of a per-token one, or sums those of two codes."""
     if graph.producer(value, "MatMul") is not None:
         return True
-    restore = graph.producer(value, "Add")
-    scaled = graph.producer(restore.inputs[0], "Mul") if restore is not None else None
-    product = graph.producer(scaled.inputs[0], "MatMul") if scaled is not None else None
-    return product is not None and restored_rows(product) is restore
+    end = graph.producer(value, "Add")
+    inner = graph.producer(end.inputs[0], "Mul", "MatMul") if end is not None else None
+    if inner is not None and inner.op_type == "MatMul":
+        return summed_codes(inner) is end
+    product = graph.producer(inner.inputs[0], "MatMul") if inner is not None else None
+    return product is not None and restored_rows(product) is end

@@ -153,6 +153,36 @@ def quantize_rows(model: ir.Model, readers: Sequence[ir.Node], bits: int) -> Non
         _restore_rows(model, reader, low.outputs[0], span.outputs[0])
 
 
+def quantize_twice(model: ir.Model, readers: Sequence[ir.Node], coarse: Affine, fine: Affine) -> None:
+    """Let `readers` read their input in two codes: a product with each, and the sum of the two.
+
+    before:  MatMul(x, dq(W))
+    after:   h = dq(QuantizeLinear(x, 256 t, z));  MatMul(h, dq(W)) + MatMul(dq(QuantizeLinear(x - h, t, 128)), dq(W))
+
+    Args:
+        model: the graph.
+        readers: products of one input x [..., K] with quantized weights [K, N], biases behind them.
+        coarse: scale 256 t and zero point z.
+        fine: scale t and zero point 128.
+    """
+    x = readers[0].inputs[0]
+    assert x is not None
+    name = readers[0].name or x.name or "activation"
+    above = _round_trip(model, name, x, coarse)
+    left_over = ir.node("Sub", [x, above[-1].outputs[0]], name=f"{name}.input_left_over")
+    below = _round_trip(model, f"{name}.remainder", graph.like(left_over.outputs[0], x), fine)
+    graph.insert_before(readers[0], [*above, left_over, *below])
+    for reader in readers:
+        out = reader.outputs[0]
+        reader.replace_input_with(0, above[-1].outputs[0])
+        second = ir.node("MatMul", [below[-1].outputs[0], reader.inputs[1]], name=f"{reader.name}.remainder")
+        total = ir.node("Add", [out, graph.like(second.outputs[0], out)], name=f"{reader.name}.both_codes")
+        graph.insert_after(reader, [second, total])
+        graph.bypass(out, graph.like(total.outputs[0], out))
+        total.replace_input_with(0, out)
+        out.name, total.outputs[0].name = f"{out.name}_coarse", out.name
+
+
 def _reduction(model: ir.Model, op_type: str, x: ir.Value, name: str) -> ir.Node:
     if model.graph.opset_imports.get("", 0) < AXES_ARE_INPUTS:
         return ir.node(op_type, [x], {"axes": [-1]}, name=f"{name}.input_{op_type}")

@@ -7,13 +7,14 @@ import pytest
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import collect
 from scalefold.compiler.decoder import LOGITS, decoder_of, divergence
-from scalefold.compiler.facts import row_range
+from scalefold.compiler.facts import row_range, summed_codes
 from scalefold.compiler.protocol import Context, Requests
 from scalefold.compiler.runtime import Feed, Session
 from scalefold.compiler.stats import Statistic
 from scalefold.passes.clip_ranges import current_grid, set_grid
 from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.insert_qdq import InsertQdq
+from scalefold.passes.lower_integer_matmul import LowerIntegerMatmul
 from scalefold.passes.quantize_weights import QuantizeWeights
 
 SPIKED = "model.layers.0.mlp.down_proj"
@@ -114,6 +115,65 @@ def test_a_second_run_changes_nothing(quantized: tuple[ir.Model, Context]) -> No
     model, context = quantized
     FitActivations(target=1e-9).run(model, context)
     assert not FitActivations(target=1e-9).run(model, context).changed
+
+
+def in_two_codes(model: ir.Model) -> list[str]:
+    return [node.name or "" for node in graph.nodes(model, "MatMul") if summed_codes(node) is not None]
+
+
+def test_two_codes_come_before_ranges_per_token_and_do_better(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    per_token_loss = loss_of(FitActivations(target=1e-9, per_token_share=0.3), model.clone(), context)
+    before = loss(model, context)
+    named = {node.name: node.outputs[0].name for node in graph.nodes(model, "MatMul")}
+    result = FitActivations(target=1e-9, per_token_share=0, two_codes_share=0.3).run(model, context)
+    changed = {event.where for event in result.rewrites if "two codes" in event.reason}
+    assert SPIKED in changed and changed == set(in_two_codes(model)) and not per_token(model)
+    assert loss(model, context) < min(before, 1.05 * per_token_loss)
+    sums = {node.name: total for node in graph.nodes(model, "MatMul") if (total := summed_codes(node)) is not None}
+    assert all(total.outputs[0].name == named[layer] for layer, total in sums.items())
+
+
+def loss_of(candidate: FitActivations, model: ir.Model, context: Context) -> float:
+    candidate.run(model, context)
+    return loss(model, context)
+
+
+def test_no_more_than_the_share_is_done_twice(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    sizes = {
+        node.name: int(np.prod(graph.whole_shape(node.inputs[1])))
+        for node in graph.nodes(model, "MatMul")
+        if graph.producer(node.inputs[1]) and node.inputs[1]
+    }
+    FitActivations(target=1e-9, per_token_share=0, two_codes_share=0.2).run(model, context)
+    assert 0 < sum(sizes[name] for name in in_two_codes(model)) <= 0.2 * sum(sizes.values())
+
+
+def test_ranges_per_token_follow_where_two_codes_are_not_enough(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(target=1e-9, per_token_share=0.3, two_codes_share=0.2).run(model, context)
+    assert in_two_codes(model) and per_token(model) and not set(in_two_codes(model)) & set(per_token(model))
+    assert not FitActivations(target=1e-9, per_token_share=0.3, two_codes_share=0.2).run(model, context).changed
+
+
+def test_below_eight_bits_there_is_one_code(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(bits=6, target=1e-9, per_token_share=0, two_codes_share=1.0, float_share=0).run(model, context)
+    assert not in_two_codes(model)
+
+
+def test_both_products_become_integer_kernels_and_give_what_was_written(quantized: tuple[ir.Model, Context]) -> None:
+    model, context = quantized
+    FitActivations(target=1e-9, per_token_share=0, two_codes_share=0.3, float_share=0).run(model, context)
+    written = in_two_codes(model)
+    feed = context.search[0]
+    wanted = Session(model, optimize=False).run(feed)[LOGITS]
+    LowerIntegerMatmul().run(model, Context())
+    fused = {node.name: node for node in graph.nodes(model, "MatMulIntegerToFloat")}
+    assert set(written) | {f"{name}.remainder" for name in written} <= set(fused)
+    assert all(summed_codes(fused[name]) is not None for name in written)
+    assert np.abs(Session(model).run(feed)[LOGITS] - wanted).max() < 1e-3 * np.abs(wanted).max()
 
 
 def in_float(model: ir.Model) -> list[str]:

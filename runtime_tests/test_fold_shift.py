@@ -38,6 +38,19 @@ def test_a_bias_that_another_layer_shares_stays_for_it() -> None:
     )
 
 
+TWO = """q = QuantizeLinear(x, t, n)  a = DequantizeLinear(q, t, n)  o = Sub(x, a)  k = QuantizeLinear(o, f, n)
+         e = DequantizeLinear(k, f, n)  p0 = MatMul(a, w)  p1 = MatMul(e, w)  p = Add(p0, p1)"""
+
+
+def test_a_shift_goes_into_the_bias_behind_two_codes() -> None:
+    head = HEAD.replace("float number", "float t = {0.1}, float f = {0.001}, uint8 n = {128}, float number")
+    check_pass(
+        FoldShift(),
+        before=head + f"{{ shifted = Add(r, z)  {TWO}  y = Add(p, b0)  h = Add(shifted, y) }}",
+        after=head + f"{{ {TWO}  y = Add(p, b1)  h = Add(r, y) }}",
+    )
+
+
 def test_a_layer_read_elsewhere_is_declined() -> None:
     before = HEAD + "{ shifted = Add(r, z)  p = MatMul(x, w)  y = Add(p, b0)  t = Add(shifted, y)  h = Add(t, y) }"
     result = check_pass(FoldShift(), before=before, after=before)

@@ -114,6 +114,18 @@ def test_the_grid_of_a_row_reaches_from_0_to_1_and_never_needs_its_ends_clipped(
     assert (codes.min(), codes.max()) == (0, grid.largest_code)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 7.0), (-2.0, 0.0), (-1e-30, 3000.0)])
+def test_two_codes_hold_a_range_to_a_64th_of_what_one_does_and_four_times_as_far(low: float, high: float) -> None:
+    coarse, fine = schemes.two_code_grids(low, high)
+    assert fine.zero_point == 128 and fine.scale * 256 == pytest.approx(coarse.scale, rel=1e-6)
+    inside = np.linspace(4 * low, 4 * high, 4001).astype(np.float32)
+    rough = coarse.dequantize(coarse.quantize(inside))
+    error = np.abs(rough + fine.dequantize(fine.quantize(inside - rough)) - inside)
+    one = schemes.activation_grid(low, high)
+    assert error.max() <= fine.scale * 1.01 <= one.scale / 63
+    assert not (coarse.dequantize(coarse.quantize(np.zeros(1, np.float32)))).any()
+
+
 def test_column_sums_are_those_of_the_weight_the_graph_sees() -> None:
     weight = GENERATOR.standard_normal((600, 9)).astype(np.float32)
     scales = schemes.column_scales(weight)

@@ -16,7 +16,7 @@ from scalefold.compiler.verify import layer_kernels, require_integer_kernels
 from scalefold.passes.insert_qdq import InsertQdq
 from scalefold.passes.quantize_weights import QuantizeWeights
 
-CONSTANTS = """<float s = {0.1}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4},
+CONSTANTS = """<float s = {0.1}, float f = {0.001}, uint8 z = {128}, int8 zi = {0}, float[4] ws = {0.1, 0.2, 0.3, 0.4},
  int8[4] wz = {0, 0, 0, 0}, float[4] b = {1.0, 2.0, 3.0, 4.0}, int64[3] pair = {0, 0, 4}, int64[1] axes = {-1},
  int8[4, 4] w = {1, -2, 3, -4, 5, -6, 7, -8, 1, 2, 3, 4, -5, 6, -7, 8},
  int32[4] bc = {100, 100, 100, 100}, float[4] bs = {0.01, 0.02, 0.03, 0.04}>"""
@@ -133,6 +133,28 @@ FUSED = "MatMulIntegerToFloat(q, w, s, ws, z"
 def test_each_layer_says_what_has_a_scale_in_its_input(tmp_path: Path, body: str, activation: str) -> None:
     (found,) = layer_kernels(saved(tmp_path, body))
     assert found.activation == activation
+
+
+LEFT_OVER = "o = Sub(x, d)  k = QuantizeLinear(o, f, z)  e = DequantizeLinear(k, f, z)"
+
+
+@pytest.mark.parametrize(
+    "products",
+    [
+        pytest.param(f"{LEFT_OVER} {WEIGHT} m = MatMul(d, wd)  v = MatMul(e, wd)  y = Add(m, v)", id="written"),
+        pytest.param(
+            f"{LEFT_OVER} m = com.microsoft.{FUSED})  v = com.microsoft.{FUSED.replace('(q', '(k').replace('s,', 'f,', 1)})"
+            "  y = Add(m, v)",
+            id="fused",
+        ),
+    ],
+)
+def test_a_layer_in_two_codes_is_two_integer_products(tmp_path: Path, products: str) -> None:
+    found = layer_kernels(saved(tmp_path, f"{QUANTIZE} {products}"))
+    assert [(entry.kernel, entry.activation) for entry in found] == [
+        ("MatMulIntegerToFloat", "two codes"),
+        ("MatMulIntegerToFloat", "per-tensor"),
+    ]
 
 
 SABOTAGED = {
