@@ -620,10 +620,11 @@ def _print_report(report: CompileReport) -> None:
     summary.add_row("calibrated on", f"{report.calibration['samples']} samples of {report.calibration['origin']}")
     every = [layer.shape for layer in report.layers]
     summary.add_row("integer kernels", f"{report.integer_layers} of {len(report.layers)} linear layers")
-    rows = [layer for layer in report.layers if layer.activation == "per-token"]
-    if rows:
-        share = sum(k * n for k, n in (layer.shape for layer in rows)) / sum(k * n for k, n in every)
-        summary.add_row("ranges per token", f"{len(rows)} layers, {share:.1%} of the linear multiply-adds")
+    for activation, title in (("two codes", "in two codes"), ("per-token", "ranges per token")):
+        finer = [layer.shape for layer in report.layers if layer.activation == activation]
+        if finer:
+            share = sum(k * n for k, n in finer) / sum(k * n for k, n in every)
+            summary.add_row(title, f"{len(finer)} layers, {share:.1%} of the linear multiply-adds")
     left = [layer.shape for layer in report.layers if not layer.integer]
     if left:
         share = sum(k * n for k, n in left) / sum(k * n for k, n in every)

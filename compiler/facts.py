@@ -84,8 +84,13 @@ def summed_codes(product: ir.Node) -> ir.Node | None:
     total = graph.only_consumer(product.outputs[0], "Add")
     other = graph.producer(graph.other_input(total, product.outputs[0]), product.op_type) if total is not None else None
     same = other is not None and other.inputs[1] is product.inputs[1]
-    coarse = coarse_quantizer(_quantizer_of(other))
+    coarse = coarse_quantizer(_quantizer_of(other)) if other is not None else None
     return total if same and coarse is not None and coarse is _quantizer_of(product) else None
+
+
+def is_of_second_code(product: ir.Node) -> bool:
+    """Whether a product, fused or not, is that of the fine code of an activation in two."""
+    return coarse_quantizer(_quantizer_of(product)) is not None
 
 
 def coarse_quantizer(fine: ir.Node | None) -> ir.Node | None:
@@ -96,10 +101,8 @@ def coarse_quantizer(fine: ir.Node | None) -> ir.Node | None:
     return coarse if coarse and left_over and coarse.inputs[0] is left_over.inputs[0] else None
 
 
-def _quantizer_of(product: ir.Node | None) -> ir.Node | None:
+def _quantizer_of(product: ir.Node) -> ir.Node | None:
     """What rounds the input of a product, fused or not."""
-    if product is None:
-        return None
     read = graph.producer(product.inputs[0], "DequantizeLinear")
     return graph.producer(read.inputs[0] if read is not None else product.inputs[0], "QuantizeLinear")
 

@@ -17,7 +17,13 @@ from scalefold.compiler import artifact, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import ROWS
 from scalefold.compiler.errors import KernelError, SourceError
-from scalefold.compiler.facts import restored_rows, summed_codes, weight_array, weight_dequantizer
+from scalefold.compiler.facts import (
+    is_of_second_code,
+    restored_rows,
+    summed_codes,
+    weight_array,
+    weight_dequantizer,
+)
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
@@ -89,6 +95,7 @@ def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]
 
     Loads the file with onnxruntime at its default settings, reads the graph it optimises it to, and follows each weight.
     A layer that the record beside the file has as integer is held to that, and so is a table that is looked up quantized.
+    The second product of a layer in two codes is listed only where it missed.
 
     Args:
         path: the file.
@@ -115,7 +122,9 @@ def layer_kernels(path: Path, *, weight_only: bool = False) -> list[LayerKernel]
             found is not None and _is_integer(found.op_type, node, weight_only=weight_only),
             activation=_activation_of(node),
         )
-        kernels.append(_judged(entry, obstacle_of(node, entry.kernel, weight_only=weight_only)) if codes else entry)
+        judged = _judged(entry, obstacle_of(node, entry.kernel, weight_only=weight_only)) if codes else entry
+        if not (judged.integer and is_of_second_code(node)):  # the product of the first code stands for both
+            kernels.append(judged)
     return _held_to_record(kernels, path.parent) + _whole_tables(written, optimized)
 
 

@@ -149,12 +149,20 @@ LEFT_OVER = "o = Sub(x, d)  k = QuantizeLinear(o, f, z)  e = DequantizeLinear(k,
         ),
     ],
 )
-def test_a_layer_in_two_codes_is_two_integer_products(tmp_path: Path, products: str) -> None:
-    found = layer_kernels(saved(tmp_path, f"{QUANTIZE} {products}"))
-    assert [(entry.kernel, entry.activation) for entry in found] == [
-        ("MatMulIntegerToFloat", "two codes"),
-        ("MatMulIntegerToFloat", "per-tensor"),
-    ]
+def test_a_layer_in_two_codes_is_one_layer_of_two_integer_products(tmp_path: Path, products: str) -> None:
+    (found,) = layer_kernels(saved(tmp_path, f"{QUANTIZE} {products}"))
+    assert (found.name, found.kernel, found.activation) == ("fc", "MatMulIntegerToFloat", "two codes")
+
+
+def test_a_second_product_that_missed_is_listed(tmp_path: Path) -> None:
+    copied = "w2 = DequantizeLinear<axis = 1>(w, ws, wz)  wf = Mul(w2, f)"
+    body = f"{QUANTIZE} {LEFT_OVER} {WEIGHT} {copied} m = MatMul(d, wd)  v = MatMul(e, wf)  y = Add(m, v)"
+    assert [entry.activation for entry in layer_kernels(saved(tmp_path, body))] == ["per-tensor"]
+    signed = LEFT_OVER.replace("f, z", "f, zi")
+    missed = layer_kernels(
+        saved(tmp_path, f"{QUANTIZE} {signed} {WEIGHT} m = MatMul(d, wd)  v = MatMul(e, wd)  y = Add(m, v)")
+    )
+    assert [(entry.name, entry.integer) for entry in missed] == [("fc", True), ("fc2", False)]
 
 
 SABOTAGED = {
