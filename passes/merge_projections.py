@@ -26,9 +26,10 @@ class MergeProjections:
     before:  q = x Wq (+ bq);  k = x Wk (+ bk);  v = x Wv (+ bv)
     after:   q, k, v = Split(x [Wq Wk Wv] (+ [bq bk bv]))
 
-    x is [..., K], each W [K, N_i]. Columns do not mix, so the numbers are those of the layers apart; with a scale per column
-    the codes are too. With a single row, what a product costs beside its weights is a large part of it: fewer of them
-    decode faster, q, k, v and gate, up alike. Encoders gain nothing from it. Figures: docs/decisions/0015.
+    x is [..., K], each W [K, N_i]. A bias that is missing is 0 where another is there: values that were shifted have one.
+    Columns do not mix, so the numbers are those of the layers apart; with a scale per column the codes are too. With a
+    single row, what a product costs beside its weights is a large part of it: fewer of them decode faster, q, k, v and
+    gate, up alike. Encoders gain nothing from it. Figures: docs/decisions/0015.
 
     The new layer is named after its parts, `self_attn.q_proj+k_proj+v_proj`, and a pattern that finds a part finds it.
     Layers that a recipe treats differently, or whose weight something else reads, stay apart.
@@ -69,8 +70,6 @@ class MergeProjections:
     def _obstacle(self, group: Sequence[Linear]) -> str | None:
         if any(len(layer.weight.uses()) > 1 or layer.weight.is_graph_output() for layer in group):
             return "something else reads one of the weights"
-        if len({layer.bias is None for layer in group}) > 1:
-            return "only some of the layers have a bias"
         formats = [self.weights.of(layer.name) for layer in group]
         if any(first != second for first, second in pairwise(formats)):
             return "the recipe gives the layers different formats"
@@ -90,9 +89,12 @@ def _merge(model: ir.Model, group: Sequence[Linear], name: str) -> ir.Node:
     x = first.matmul.inputs[0]  # what it reads may have been merged since the layers were found
     matmul = ir.node("MatMul", [x, weight], name=name)
     made = [matmul]
-    biases = [bias for layer in group if (bias := layer.biases()) is not None]
-    if biases:
-        together = graph.add_initializer(model, f"{name}.bias", np.concatenate(biases))
+    biases = [layer.biases() for layer in group]
+    if any(bias is not None for bias in biases):
+        filled = [
+            np.zeros(size, np.float32) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)
+        ]
+        together = graph.add_initializer(model, f"{name}.bias", np.concatenate(filled))
         made.append(ir.node("Add", [matmul.outputs[0], together], name=f"{name}.biased"))
     for node in made:
         node.outputs[0].type = first.y.type

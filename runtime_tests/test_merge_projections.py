@@ -57,6 +57,15 @@ def test_projections_without_bias_become_one_product() -> None:
     )
 
 
+def test_where_one_has_a_bias_the_others_get_one_of_zeros() -> None:
+    check_pass(
+        MergeProjections(),
+        before=named("h = MatMul(x, wq)  q = Add(h, bq)  k = MatMul(x, wk) }"),
+        after=HEAD.replace("{0.5, 1.0, 2.0}", "{0.5, 1.0, 0.0}")
+        + "h = MatMul(x, w)  y = Add(h, bias)  q, k = Split<axis = -1>(y, sizes) }",
+    )
+
+
 def test_a_group_that_reads_a_merged_group_is_merged_too() -> None:
     head = HEAD.replace(
         "float[2, 1] wk", "float[2, 2] wa = {1.0, 0.0, 2.0, 1.0}, float[2, 2] wb = {0.0, 1.0, 1.0, 3.0}, float[2, 1] wk"
@@ -92,7 +101,6 @@ def test_layers_that_a_recipe_treats_differently_stay_apart(
     ("body", "names", "reason"),
     [
         (APART, ("a.q_proj", "b.k_proj"), "layers of several modules read its input"),
-        ("h = MatMul(x, wq)  q = Add(h, bq)  k = MatMul(x, wk) }", (), "only some of the layers have a bias"),
         (SHARED, ("a.q", "a.k", "a.v"), "something else reads one of the weights"),
     ],
 )
