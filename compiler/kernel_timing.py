@@ -13,15 +13,18 @@ from scalefold.compiler import graph, machine
 from scalefold.compiler.recipe import Granularity
 from scalefold.compiler.runtime import Feed, Session
 
-KIND = "kernels"
+KIND = "streamed kernels"
 """Of the figures that are kept."""
 
 TURNS = 15
 BUDGET = 2.0
 """Seconds after which no further turn begins; three are taken in any case."""
 
-REPEATS = 4
-"""Copies of a weight that are read in turn, so that none of them waits in a cache as it would not in a whole model."""
+WORKING_SET = 48 << 20
+"""Bytes of int8 weights that are read in turn, so that none of them waits in a cache, as it would not in a whole model."""
+
+COPIES = (4, 128)
+"""Fewest and most copies of a weight that make them up."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ def kernel_seconds(products: Iterable[Product]) -> dict[Product, float]:
     for shape, entries in by_shape.items():
         if all(str(entry) in known for entry in entries):
             continue
-        sessions = [Session(_repeated(entry.kernel, *shape[:2])) for entry in entries]
+        copies = _copies(*shape[:2])
+        sessions = [Session(_repeated(entry.kernel, *shape[:2], copies)) for entry in entries]
         feed = {"x": np.full((1, shape[2], shape[0]), 0.5, dtype=np.float32)}
         for entry, seconds in zip(entries, _medians(sessions, feed), strict=True):
-            known[str(entry)] = seconds / REPEATS
+            known[str(entry)] = seconds / copies
         machine.keep(KIND, threads, known)
     return {entry: known[str(entry)] for entry in wanted}
 
@@ -91,11 +95,16 @@ def _medians(sessions: Sequence[Session], feed: Feed) -> list[float]:
     return [float(np.median(taken)) for taken in seconds]
 
 
-def _repeated(kernel: Kernel, k: int, n: int) -> ir.Model:
-    """A graph of `REPEATS` products of one x, each with a weight of its own."""
+def _copies(k: int, n: int) -> int:
+    fewest, most = COPIES
+    return min(max(-(-WORKING_SET // (k * n)), fewest), most)
+
+
+def _repeated(kernel: Kernel, k: int, n: int, copies: int) -> ir.Model:
+    """A graph of so many products of one x, each with a weight of its own."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "rows", k]))
     if kernel.activation is None:
-        return _blocks(x, k, n, kernel.block)
+        return _blocks(x, k, n, kernel.block, copies)
     constants: dict[str, np.ndarray] = {
         "scale": np.array(1 / 255, dtype=np.float32),
         "zero": np.array(0, dtype=np.uint8),
@@ -104,10 +113,10 @@ def _repeated(kernel: Kernel, k: int, n: int) -> ir.Model:
         "axes": np.array([-1], dtype=np.int64),
         "tiny": np.array(1e-30, dtype=np.float32),
     }
-    constants |= {f"codes_{copy}": np.full((k, n), copy + 1, dtype=np.int8) for copy in range(REPEATS)}
+    constants |= {f"codes_{copy}": np.full((k, n), copy % 100 + 1, dtype=np.int8) for copy in range(copies)}
     values = {name: _constant(name, array) for name, array in constants.items()}
     nodes, outputs = [], []
-    for copy in range(REPEATS):
+    for copy in range(copies):
         nodes += _integers(x, values, f"codes_{copy}", per_token=kernel.activation == "per-token")
         outputs.append(_output(nodes[-1], f"y_{copy}"))
     used = {value for node in nodes for value in node.inputs}
@@ -138,11 +147,11 @@ def _integers(x: ir.Value, values: Mapping[str, ir.Value], codes: str, *, per_to
     return [*before, q, matmul, scaled, offset, restore]
 
 
-def _blocks(x: ir.Value, k: int, n: int, block: int) -> ir.Model:
+def _blocks(x: ir.Value, k: int, n: int, block: int, copies: int) -> ir.Model:
     blocks = -(-k // block)
     scales = _constant("scales", np.ones(n * blocks, dtype=np.float32))
     values, nodes, outputs = [scales], [], []
-    for copy in range(REPEATS):
+    for copy in range(copies):
         codes = _constant(f"codes_{copy}", np.full((n, blocks, block // 2), copy, dtype=np.uint8))
         attributes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 4}
         nodes.append(ir.node("MatMulNBits", [x, codes, scales], attributes, domain=graph.MICROSOFT))

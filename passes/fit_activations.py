@@ -53,6 +53,12 @@ class _Quantizer:
         """Multiply-adds per token."""
         return sum(int(np.prod(_shape(reader))) for reader in self.readers)
 
+    def take_away(self) -> None:
+        """Let the layers read the activation as it is; that of another layer may have been completed since it was found."""
+        x = source_of(self.node)
+        for reader in self.readers:
+            reader.replace_input_with(0, x)
+
     def least(self) -> float:
         """Squared error of the best static grid, relative to the product's power."""
         return float(self.errors.min()) / self.power
@@ -205,8 +211,7 @@ class FitActivations:
         return events
 
     def _per_token(self, model: ir.Model, entry: _Quantizer, before: float) -> Event:
-        for reader in entry.readers:
-            reader.replace_input_with(0, entry.x)
+        entry.take_away()
         quantize_rows(model, entry.readers, self.bits)
         graph.sweep(model)
         figures = {
@@ -239,8 +244,7 @@ def _batches(
 def _in_two_codes(model: ir.Model, entry: _Quantizer, before: float) -> Event:
     grid = current_grid(entry.node, 8)
     coarse, fine = schemes.two_code_grids(grid.low, grid.high)
-    for reader in entry.readers:
-        reader.replace_input_with(0, entry.x)
+    entry.take_away()
     graph.sweep(model)
     quantize_twice(model, entry.readers, coarse, fine)
     figures = {"sqnr_db_static": _decibels(entry.least()), "scale": fine.scale, "divergence_before": before}
@@ -250,9 +254,9 @@ def _in_two_codes(model: ir.Model, entry: _Quantizer, before: float) -> Event:
 def _leave_in_float(model: ir.Model, entry: _Quantizer, ctx: Context, before: float) -> Event:
     assert ctx.float_model is not None
     weights = {layer.name: layer for layer in graph.linear_layers(ctx.float_model)}
+    entry.take_away()
     for reader in entry.readers:
         layer = weights[reader.name or ""]
-        reader.replace_input_with(0, entry.x)
         reader.replace_input_with(1, graph.add_initializer(model, f"{layer.name}.float_weight", layer.weights()))
     graph.sweep(model)
     figures = {"sqnr_db_static": _decibels(entry.least()), "divergence_before": before}

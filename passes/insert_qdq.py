@@ -174,13 +174,14 @@ def quantize_twice(model: ir.Model, readers: Sequence[ir.Node], coarse: Affine, 
     graph.insert_before(readers[0], [*above, left_over, *below])
     for reader in readers:
         out = reader.outputs[0]
+        result = out.name
         reader.replace_input_with(0, above[-1].outputs[0])
         second = ir.node("MatMul", [below[-1].outputs[0], reader.inputs[1]], name=f"{reader.name}.remainder")
         total = ir.node("Add", [out, graph.like(second.outputs[0], out)], name=f"{reader.name}.both_codes")
         graph.insert_after(reader, [second, total])
         graph.bypass(out, graph.like(total.outputs[0], out))
         total.replace_input_with(0, out)
-        out.name, total.outputs[0].name = f"{out.name}_coarse", out.name
+        out.name, total.outputs[0].name = f"{result}_coarse", result
 
 
 def _reduction(model: ir.Model, op_type: str, x: ir.Value, name: str) -> ir.Node:

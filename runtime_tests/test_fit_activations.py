@@ -23,7 +23,10 @@ SPIKED = "model.layers.0.mlp.down_proj"
 @pytest.fixture
 def quantized(decoder_models: dict[str, ir.Model]) -> tuple[ir.Model, Context]:
     """A Llama with a channel that only some tokens drive high, quantized by extremes, and what it was calibrated with."""
-    model = decoder_models["llama"].clone()
+    return by_extremes(decoder_models["llama"].clone())
+
+
+def by_extremes(model: ir.Model) -> tuple[ir.Model, Context]:
     up = next(layer for layer in graph.linear_layers(model) if layer.name == "model.layers.0.mlp.up_proj")
     weight = up.weights().copy()
     weight[:, 3] *= 400
@@ -40,6 +43,26 @@ def quantized(decoder_models: dict[str, ir.Model]) -> tuple[ir.Model, Context]:
     QuantizeWeights().run(model, context)
     InsertQdq().run(model, context)
     return model, context
+
+
+@pytest.mark.parametrize(("rows", "codes"), [(1.0, 0.0), (0.0, 1.0)], ids=["per token", "two codes"])
+def test_a_layer_right_behind_another_reads_all_of_what_that_makes(
+    decoder_models: dict[str, ir.Model], rows: float, codes: float
+) -> None:
+    model = decoder_models["llama"].clone()
+    layer = next(layer for layer in graph.linear_layers(model) if layer.name == SPIKED)
+    turn = np.linalg.qr(np.random.default_rng(3).standard_normal((layer.shape[0],) * 2))[0].astype(np.float32)
+    weight = graph.add_initializer(model, "turn.weight", turn)
+    first = ir.node("MatMul", [layer.x, weight], name="turn")
+    graph.like(first.outputs[0], layer.x).name = "turned"
+    graph.insert_before(layer.matmul, [first])
+    layer.matmul.replace_input_with(0, first.outputs[0])
+    graph.replace_constant(model, layer.matmul, 1, f"{layer.name}.turned", turn.T @ layer.weights())
+    model, context = by_extremes(model)
+    before = loss(model, context)
+    FitActivations(target=1e-9, float_share=0, per_token_share=rows, two_codes_share=codes).run(model, context)
+    assert {"turn", SPIKED} <= {*per_token(model), *in_two_codes(model)}
+    assert loss(model, context) < 0.5 * before
 
 
 def loss(model: ir.Model, context: Context) -> float:

@@ -22,6 +22,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+COPIES = kernel_timing.COPIES[1]
+"""Copies of a weight as small as the ones here."""
+
+
 def cache_file() -> Path:
     return machine.figures_file(KIND, machine.cores())
 
@@ -45,9 +49,9 @@ def test_kernels_of_one_shape_are_timed_together_and_then_never_again(measured: 
     products = [Product(kernel, 80, 24, rows) for rows in (1, 8) for kernel in (STATIC, ROWS, BLOCKS)]
     found = kernel_seconds(products)
     assert measured == [3, 3]
-    assert [found[entry] for entry in products] == [0.25, 0.5, 0.75] * 2
+    assert [found[entry] for entry in products] == [1 / COPIES, 2 / COPIES, 3 / COPIES] * 2
     assert kernel_seconds(reversed(products)) == found
-    assert kernel_seconds(products[:1]) == {products[0]: 0.25}
+    assert kernel_seconds(products[:1]) == {products[0]: 1 / COPIES}
     assert measured == [3, 3]
 
 
@@ -59,7 +63,7 @@ def test_the_cache_is_of_a_cpu_and_a_version_of_onnxruntime(
     content = json.loads(cache_file().read_text(encoding="utf-8"))
     assert cache_file().parent == cache
     assert content["onnxruntime"] == onnxruntime.__version__
-    assert content["figures"] == {"per-tensor 1 x 16 x 8": 0.25}
+    assert content["figures"] == {"per-tensor 1 x 16 x 8": 1 / COPIES}
     for name in ("cpu_model", "onnxruntime"):
         with monkeypatch.context() as patch:
             if name == "cpu_model":
@@ -76,7 +80,7 @@ def test_a_damaged_cache_is_measured_anew(measured: list[int]) -> None:
     cache_file().parent.mkdir(parents=True)
     for text in ("{", "[]", '{"figures": {"per-tensor 1 x 16 x 8": "soon"}}'):
         cache_file().write_text(text, encoding="utf-8")
-        assert kernel_seconds([product]) == {product: 0.25}
+        assert kernel_seconds([product]) == {product: 1 / COPIES}
     assert measured == [1, 1, 1]
 
 
@@ -87,9 +91,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache: Path, measured: l
     assert measured == [1, 1]
 
 
+def test_weights_are_too_many_for_a_cache_and_not_more_than_that() -> None:
+    assert kernel_timing._copies(576, 576) * 576 * 576 > 40e6
+    assert kernel_timing._copies(576, 49152) == kernel_timing.COPIES[0]
+    assert kernel_timing._copies(8, 8) == kernel_timing.COPIES[1]
+
+
 def test_per_token_gives_rows_their_range_back() -> None:
     """The graph that is timed does the whole work: with a weight of ones and scales of 1, a row's sum."""
-    model = kernel_timing._repeated(ROWS, 4, 3)
+    model = kernel_timing._repeated(ROWS, 4, 3, copies=2)
     model.graph.initializers["column_sums"].const_value = ir.tensor(np.full(3, 4, dtype=np.float32))
     x = np.array([[[0.0, 1.0, 2.0, 5.0], [-3.0, -3.0, 0.0, 1.0]]], dtype=np.float32)
     found = Session(model).run({"x": x})["y_0"]
