@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import restored_rows, row_range
+from scalefold.compiler.facts import restored_rows, row_range, summed_codes
 
 Array = npt.NDArray[np.generic]
 Place = tuple[ir.Node, int]
@@ -205,6 +205,8 @@ def _fused(node: ir.Node) -> LinearLayer:
         layer.places[node, operands.bias] = "bias codes" if bias.dtype.kind == "i" else "bias"
         if bias.dtype.kind == "i" and layer.activation is not None and layer.activation.scale is not None:
             layer.bias_scale = np.asarray(layer.activation.scale, np.float32) * np.asarray(scale, np.float32)
+    else:
+        _read_bias(layer)
     return layer
 
 
@@ -271,7 +273,7 @@ def _read_bias(layer: LinearLayer) -> None:
     if layer.node.op_type in ("Gemm", "FusedGemm"):
         place: Place | None = (layer.node, 2)
     else:
-        out = (restored_rows(layer.node) or layer.node).outputs[0]
+        out = (restored_rows(layer.node) or summed_codes(layer.node) or layer.node).outputs[0]
         add = graph.only_consumer(out, "Add")
         place = (add, 1 - add.inputs.index(out)) if add is not None else None
     bias = _input(*place) if place is not None else None

@@ -16,8 +16,10 @@ from scalefold.compiler import compile_model, graph
 from scalefold.compiler.diff import Diff, Difference, diff_models
 from scalefold.compiler.golden import golden_text
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.quantization import linear_quantization
 from scalefold.compiler.recipe import Target
 from scalefold.compiler.runtime import Array, Feed
+from scalefold.compiler.testing import parse
 
 Mutation = Callable[[ir.Model], None]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -457,3 +459,15 @@ def test_the_command_refuses_what_is_no_model(folders: dict[str, Path], tmp_path
     assert "text.onnx: it is not an ONNX model" in done.stderr
     assert cli("diff", folders["qdq"], "nowhere").returncode == 2
     assert cli("diff", folders["qdq"]).returncode == 2
+
+
+def test_the_bias_behind_two_codes_is_the_first_products() -> None:
+    model = parse("""<ir_version: 10, opset_import: ["" : 20]>
+        model (float[b, s, 2] x) => (float[b, s, 2] y)
+        <float t = {0.1}, float f = {0.001}, uint8 n = {128}, int8[2, 2] w = {1, 2, 3, 4}, float[2] ws = {0.5, 0.25},
+         float[2] bias = {1.0, 2.0}>
+        { d = DequantizeLinear<axis = 1>(w, ws)  q = QuantizeLinear(x, t, n)  a = DequantizeLinear(q, t, n)
+          o = Sub(x, a)  k = QuantizeLinear(o, f, n)  e = DequantizeLinear(k, f, n)  p = MatMul(a, d)
+          r = MatMul(e, d)  h = Add(p, r)  y = Add(h, bias) }""")
+    coarse, fine = linear_quantization(model)
+    assert coarse.bias is not None and coarse.bias.tolist() == [1.0, 2.0] and fine.bias is None
