@@ -620,15 +620,15 @@ def _print_report(report: CompileReport) -> None:
     summary.add_row("calibrated on", f"{report.calibration['samples']} samples of {report.calibration['origin']}")
     every = [layer.shape for layer in report.layers]
     summary.add_row("integer kernels", f"{report.integer_layers} of {len(report.layers)} linear layers")
-    for activation, title in (("two codes", "in two codes"), ("per-token", "ranges per token")):
-        finer = [layer.shape for layer in report.layers if layer.activation == activation]
-        if finer:
-            share = sum(k * n for k, n in finer) / sum(k * n for k, n in every)
-            summary.add_row(title, f"{len(finer)} layers, {share:.1%} of the linear multiply-adds")
-    left = [layer.shape for layer in report.layers if not layer.integer]
-    if left:
-        share = sum(k * n for k, n in left) / sum(k * n for k, n in every)
-        summary.add_row("in float", f"{len(left)} layers, {share:.1%} of the linear multiply-adds")
+    exceptions = {
+        "in two codes": [layer.shape for layer in report.layers if layer.activation == "two codes"],
+        "ranges per token": [layer.shape for layer in report.layers if layer.activation == "per-token"],
+        "in float": [layer.shape for layer in report.layers if not layer.integer],
+    }
+    for title, found in exceptions.items():
+        if found:
+            share = sum(k * n for k, n in found) / sum(k * n for k, n in every)
+            summary.add_row(title, f"{len(found)} layers, {share:.1%} of the linear multiply-adds")
     for gate in report.gates:
         summary.add_row(gate.name, _gate_line(gate))
     ratio = report.bytes / max(report.float_bytes, 1)

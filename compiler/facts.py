@@ -88,6 +88,11 @@ def summed_codes(product: ir.Node) -> ir.Node | None:
     return total if same and coarse is not None and coarse is _quantizer_of(product) else None
 
 
+def completed(product: ir.Node) -> ir.Node:
+    """What ends a product: the Add that restores its rows, or that sums those of two codes, or the product itself."""
+    return restored_rows(product) or summed_codes(product) or product
+
+
 def is_of_second_code(product: ir.Node) -> bool:
     """Whether a product, fused or not, is that of the fine code of an activation in two."""
     return coarse_quantizer(_quantizer_of(product)) is not None

@@ -181,6 +181,13 @@ def bypass(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def read_instead(old: ir.Value, new: ir.Value, kept: Sequence[ir.Node]) -> None:
+    """Let the nodes that read `old` read `new`, but for those that are kept; a graph output stays what it is."""
+    for use in list(old.uses()):
+        if use.node not in kept:
+            use.node.replace_input_with(use.idx, new)
+
+
 def stand_in(old: ir.Value, new: ir.Value) -> None:
     """Let `new` take the place of `old`: its readers, its shape and type, and its name."""
     like(new, old)

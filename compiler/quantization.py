@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import restored_rows, row_range, summed_codes
+from scalefold.compiler.facts import completed, row_range
 
 Array = npt.NDArray[np.generic]
 Place = tuple[ir.Node, int]
@@ -273,7 +273,7 @@ def _read_bias(layer: LinearLayer) -> None:
     if layer.node.op_type in ("Gemm", "FusedGemm"):
         place: Place | None = (layer.node, 2)
     else:
-        out = (restored_rows(layer.node) or summed_codes(layer.node) or layer.node).outputs[0]
+        out = completed(layer.node).outputs[0]
         add = graph.only_consumer(out, "Add")
         place = (add, 1 - add.inputs.index(out)) if add is not None else None
     bias = _input(*place) if place is not None else None

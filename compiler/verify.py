@@ -18,6 +18,7 @@ from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import ROWS
 from scalefold.compiler.errors import KernelError, SourceError
 from scalefold.compiler.facts import (
+    completed,
     is_of_second_code,
     restored_rows,
     summed_codes,
@@ -415,7 +416,7 @@ def layer_sqnr(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed], f
 
 
 def _layer_output(matmul: ir.Node) -> str:
-    out = (restored_rows(matmul) or summed_codes(matmul) or matmul).outputs[0]
+    out = completed(matmul).outputs[0]
     add = graph.only_consumer(out, "Add")
     bias = graph.other_input(add, out) if add is not None else None
     last = add.outputs[0] if add is not None and bias is not None and bias.is_initializer() else out

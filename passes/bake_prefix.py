@@ -155,9 +155,7 @@ class _Builder:
         result = node.outputs[0]
         result.type = value.type
         result.name = f"{node.name}.out"
-        for use in list(value.uses()):
-            if use.node is not node:
-                use.node.replace_input_with(use.idx, result)
+        graph.read_instead(value, result, [node])
         self._nodes.append(node)
 
     def insert(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,24 @@ class _Quantizer:
     def least(self) -> float:
         """Squared error of the best static grid, relative to the product's power."""
         return float(self.errors.min()) / self.power
+
+
+class _Step(NamedTuple):
+    """One way to bring the logits closer.
+
+    Attributes:
+        good: the divergence at which nothing more is done.
+        share: largest share of the linear multiply-adds that it may be done to.
+        what: for people who wait.
+        gains: whether a layer has anything to gain by it.
+        change: does it, given the divergence before.
+    """
+
+    good: float
+    share: float
+    what: str
+    gains: Callable[[_Quantizer], bool]
+    change: Callable[[ir.Model, _Quantizer, float], Event]
 
 
 @dataclass(frozen=True)
@@ -169,46 +188,42 @@ class FitActivations:
         logits, operations = _Logits(ctx), _all_operations(model)
         events: list[Event] = []
         found = logits.divergence(model)
-
-        def until(
-            good: float,
-            share: float,
-            what: str,
-            change: Callable[[_Quantizer, float], Event],
-            gains: Callable[[_Quantizer], bool],
-        ) -> None:
-            nonlocal found
+        for good, share, what, gains, change in self._steps(ctx, target):
             changed = {event.node for event in events}
             waiting = [entry for entry in quantizers if entry.readers[0] not in changed and gains(entry)]
             with ctx.progress(what, len(waiting)) as advance:
                 for chosen in _batches(waiting, len(quantizers), share * operations, advance):
                     if found <= good:
                         break
-                    events.extend([change(entry, found) for entry in chosen])
+                    events += [change(model, entry, found) for entry in chosen]
                     found = logits.divergence(model)
-
-        until(
-            target,
-            self.two_codes_share,
-            "choosing layers of two codes",
-            lambda entry, before: _in_two_codes(model, entry, before),
-            lambda entry: self.bits == 8,
-        )
-        until(
-            target,
-            self.per_token_share,
-            "choosing layers per token",
-            lambda entry, before: self._per_token(model, entry, before),
-            lambda entry: entry.error_per_token < 0.5 * entry.errors.min(),
-        )
-        until(
-            self.float_target,
-            self.float_share,
-            "choosing float layers",
-            lambda entry, before: _leave_in_float(model, entry, ctx, before),
-            lambda entry: True,
-        )
         return events
+
+    def _steps(self, ctx: Context, target: float) -> tuple[_Step, ...]:
+        """What is done to the layers that lose most, in order."""
+        return (
+            _Step(
+                target,
+                self.two_codes_share,
+                "choosing layers of two codes",
+                lambda entry: self.bits == 8,
+                _in_two_codes,
+            ),
+            _Step(
+                target,
+                self.per_token_share,
+                "choosing layers per token",
+                lambda entry: entry.error_per_token < 0.5 * entry.errors.min(),
+                self._per_token,
+            ),
+            _Step(
+                self.float_target,
+                self.float_share,
+                "choosing float layers",
+                lambda entry: True,
+                partial(_leave_in_float, ctx),
+            ),
+        )
 
     def _per_token(self, model: ir.Model, entry: _Quantizer, before: float) -> Event:
         entry.take_away()
@@ -251,7 +266,7 @@ def _in_two_codes(model: ir.Model, entry: _Quantizer, before: float) -> Event:
     return Event(entry.readers[0], "no range of 8 bits holds it: in two codes", figures)
 
 
-def _leave_in_float(model: ir.Model, entry: _Quantizer, ctx: Context, before: float) -> Event:
+def _leave_in_float(ctx: Context, model: ir.Model, entry: _Quantizer, before: float) -> Event:
     assert ctx.float_model is not None
     weights = {layer.name: layer for layer in graph.linear_layers(ctx.float_model)}
     entry.take_away()

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
-from scalefold.compiler.facts import Fact, restored_rows, summed_codes
+from scalefold.compiler.facts import Fact, completed
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 
@@ -65,11 +65,8 @@ def _vector_of(add: ir.Node) -> ir.Value | None:
 
 def _is_product(value: ir.Value | None) -> bool:
     """Whether a MatMul makes `value`, or the Add that restores the rows of a per-token one, or sums those of two codes."""
-    if graph.producer(value, "MatMul") is not None:
-        return True
-    end = graph.producer(value, "Add")
-    inner = graph.producer(end.inputs[0], "Mul", "MatMul") if end is not None else None
-    if inner is not None and inner.op_type == "MatMul":
-        return summed_codes(inner) is end
-    product = graph.producer(inner.inputs[0], "MatMul") if inner is not None else None
-    return product is not None and restored_rows(product) is end
+    end = graph.producer(value, "MatMul", "Add")
+    product = end
+    while product is not None and product.op_type != "MatMul":
+        product = graph.producer(product.inputs[0], "MatMul", "Mul")
+    return product is not None and end in (product, completed(product))

@@ -174,14 +174,12 @@ def quantize_twice(model: ir.Model, readers: Sequence[ir.Node], coarse: Affine, 
     graph.insert_before(readers[0], [*above, left_over, *below])
     for reader in readers:
         out = reader.outputs[0]
-        result = out.name
         reader.replace_input_with(0, above[-1].outputs[0])
         second = ir.node("MatMul", [below[-1].outputs[0], reader.inputs[1]], name=f"{reader.name}.remainder")
         total = ir.node("Add", [out, graph.like(second.outputs[0], out)], name=f"{reader.name}.both_codes")
         graph.insert_after(reader, [second, total])
-        graph.bypass(out, graph.like(total.outputs[0], out))
-        total.replace_input_with(0, out)
-        out.name, total.outputs[0].name = f"{result}_coarse", result
+        graph.like(total.outputs[0], out)
+        _complete(out, total, total, "coarse")
 
 
 def _reduction(model: ir.Model, op_type: str, x: ir.Value, name: str) -> ir.Node:
@@ -193,8 +191,7 @@ def _reduction(model: ir.Model, op_type: str, x: ir.Value, name: str) -> ir.Node
 
 def _restore_rows(model: ir.Model, matmul: ir.Node, low: ir.Value, span: ir.Value) -> None:
     """Give the product its rows' range back; the result takes the product's name, by which layers are compared."""
-    out = matmul.outputs[0]
-    name, sums = out.name, _column_sums(matmul)
+    out, sums = matmul.outputs[0], _column_sums(matmul)
     assert sums is not None
     scaled = ir.node("Mul", [out, span], name=f"{matmul.name}.row_span")
     column_sums = graph.add_initializer(model, f"{matmul.name}.column_sums", sums)
@@ -203,9 +200,15 @@ def _restore_rows(model: ir.Model, matmul: ir.Node, low: ir.Value, span: ir.Valu
     for node in (scaled, offset, restore):
         graph.like(node.outputs[0], out)
     graph.insert_after(matmul, [scaled, offset, restore])
-    graph.bypass(out, restore.outputs[0])
-    scaled.replace_input_with(0, out)
-    out.name, restore.outputs[0].name = f"{name}_unit_rows", name
+    _complete(out, scaled, restore, "unit_rows")
+
+
+def _complete(out: ir.Value, first: ir.Node, last: ir.Node, said: str) -> None:
+    """Let what `last` makes stand for a product's result, name included; `first` alone reads the product on."""
+    name = out.name
+    graph.bypass(out, last.outputs[0])
+    first.replace_input_with(0, out)
+    out.name, last.outputs[0].name = f"{name}_{said}", name
 
 
 def _column_sums(matmul: ir.Node) -> schemes.Float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -127,19 +126,12 @@ def _quantize(model: ir.Model, entry: _Join, affine: Affine) -> ir.Node:
         if present.shape is not None:
             longer.shape = ir.Shape([None if axis == 2 else size for axis, size in enumerate(present.shape)])
     graph.insert_after(entry.concat, new)
-    _read_instead(whole, new[-1].outputs[0], new)
+    graph.read_instead(whole, new[-1].outputs[0], new)
     present.name, kept.outputs[0].name = f"{output}.float", output
     model.graph.outputs[list(model.graph.outputs).index(present)] = kept.outputs[0]
     before = ir.node("DequantizeLinear", [past, scale, zero], name=f"{name}.past_dq")
     lengths = [node for node in graph.consumers(past) if node.op_type == "Shape"]
-    _read_instead(past, graph.like(before.outputs[0], past), [before, kept, *lengths])
+    graph.read_instead(past, graph.like(before.outputs[0], past), [before, kept, *lengths])
     graph.insert_before(model.graph[0], [before])
     past.type = ir.TensorType(ir.DataType.UINT8)
     return kept
-
-
-def _read_instead(old: ir.Value, new: ir.Value, kept: Sequence[ir.Node]) -> None:
-    """Let the readers of a value read another, but for those that are kept."""
-    for use in list(old.uses()):
-        if use.node not in kept:
-            use.node.replace_input_with(use.idx, new)

@@ -73,6 +73,15 @@ def loss(model: ir.Model, context: Context) -> float:
     )
 
 
+def sizes_of(model: ir.Model) -> dict[str | None, int]:
+    """The multiply-adds per token of each quantized layer."""
+    return {
+        node.name: int(np.prod(graph.whole_shape(node.inputs[1])))
+        for node in graph.nodes(model, "MatMul")
+        if graph.producer(node.inputs[1]) and node.inputs[1]
+    }
+
+
 def per_token(model: ir.Model) -> list[str]:
     return [
         (node.name or "").removesuffix(".input_q") for node in graph.nodes(model, "QuantizeLinear") if row_range(node)
@@ -121,8 +130,7 @@ def test_a_target_that_is_met_leaves_every_range_static(quantized: tuple[ir.Mode
 
 def test_no_more_than_the_share_becomes_per_token(quantized: tuple[ir.Model, Context]) -> None:
     model, context = quantized
-    layers = {node.name: node for node in graph.nodes(model, "MatMul") if graph.producer(node.inputs[1])}
-    sizes = {name: int(np.prod(graph.whole_shape(node.inputs[1]))) for name, node in layers.items() if node.inputs[1]}
+    sizes = sizes_of(model)
     FitActivations(target=1e-9, per_token_share=0.2).run(model, context)
     read = [
         node
@@ -164,11 +172,7 @@ def loss_of(candidate: FitActivations, model: ir.Model, context: Context) -> flo
 
 def test_no_more_than_the_share_is_done_twice(quantized: tuple[ir.Model, Context]) -> None:
     model, context = quantized
-    sizes = {
-        node.name: int(np.prod(graph.whole_shape(node.inputs[1])))
-        for node in graph.nodes(model, "MatMul")
-        if graph.producer(node.inputs[1]) and node.inputs[1]
-    }
+    sizes = sizes_of(model)
     FitActivations(target=1e-9, per_token_share=0, two_codes_share=0.2).run(model, context)
     assert 0 < sum(sizes[name] for name in in_two_codes(model)) <= 0.2 * sum(sizes.values())
 
@@ -214,11 +218,7 @@ def test_layers_stay_in_float_where_even_ranges_per_token_are_not_enough(quantiz
 
 def test_no_more_than_the_share_stays_in_float(quantized: tuple[ir.Model, Context]) -> None:
     model, context = quantized
-    sizes = {
-        node.name: int(np.prod(graph.whole_shape(node.inputs[1])))
-        for node in graph.nodes(model, "MatMul")
-        if graph.producer(node.inputs[1]) and node.inputs[1]
-    }
+    sizes = sizes_of(model)
     FitActivations(target=1e-9, per_token_share=0, float_target=1e-9, float_share=0.2).run(model, context)
     assert 0 < sum(sizes[name] for name in in_float(model)) <= 0.2 * sum(sizes.values())
 
