@@ -254,7 +254,7 @@ class _Swap:
     def constant(self, key: Hashable, name: str, array: Callable[[], Exact | Float]) -> ir.Value:
         """The new constant of `key`, made on first use."""
         if key not in self._new:
-            self._new[key] = graph.add_initializer(self._model, name, array().astype(np.float32))
+            self._new[key] = graph.add_initializer(self._model, name, np.asarray(array(), dtype=np.float32))
         return self._new[key]
 
     def input(self, node: ir.Node, index: int, new: ir.Value) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +14,7 @@ from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, require_finite, rows_of
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
-from scalefold.compiler.runtime import Array, Session
+from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.sites import (
     MIGRATED,
@@ -216,7 +217,7 @@ class MigrateOutliers:
         lowest = max(LOWEST_THRESHOLD.get(use.producer.node.op_type, LOWEST_ELSEWHERE) for use in uses)
         thresholds = threshold_grid(largest, self.grid, lowest) if self.scale else np.array([largest], np.float32)
         loss = _loss(uses, masks, z, self)
-        best, least = search(lambda t: loss(scales_for(t, low, high)), thresholds, self.stride)
+        best, least = search(lambda t, bound: loss(scales_for(t, low, high), bound), thresholds, self.stride)
         return Plan(z, scales_for(thresholds[best], low, high), float(thresholds[best]), least)
 
     def _quantize(self, walk: Walk, site: Site, masks: Sequence[Array | None]) -> None:
@@ -229,6 +230,7 @@ class MigrateOutliers:
             walk.set_input(layer.matmul, site.x, seen)
             rounded = schemes.weight_round_trip(layer.weights(), self.weight_bits, self.activation_bits)
             walk.set_weight(layer.weight, rounded)
+            graph.unmap(layer.weight)
 
 
 def _activation(walk: Walk, site: Site, masks: Sequence[Array | None]) -> list[Array]:
@@ -276,18 +278,23 @@ def scales_for(threshold: float, low: Float, high: Float) -> Float:
     return np.maximum(1.0, np.maximum(high, -low) / divisor).astype(np.float32)
 
 
-def search(loss: Callable[[float], float], thresholds: Float, stride: int) -> tuple[int, float]:
+def search(loss: Callable[[float, float], float], thresholds: Float, stride: int) -> tuple[int, float]:
     """The index of the best threshold and its loss: every `stride`-th first, then all around the best of those.
 
     On a tie the larger threshold wins, as in the authors' code. Values in the thousands make thousands of thresholds: a
     stride above 1 grows until it leaves at most `COARSEST`, and shrinks back around the best, step by step.
+
+    Args:
+        loss: the loss of a threshold, given the least so far: it may be any greater number where it is above that.
+        thresholds: all of them, from the largest down.
+        stride: how many apart those are that are tried first.
     """
     losses: dict[int, float] = {}
 
     def best_of(indices: Iterable[int]) -> int:
         for index in indices:
             if index not in losses:
-                losses[index] = loss(float(thresholds[index]))
+                losses[index] = loss(float(thresholds[index]), min(losses.values(), default=math.inf))
         return min(losses, key=lambda index: (losses[index], index))
 
     last, step = len(thresholds), stride
@@ -303,38 +310,53 @@ def search(loss: Callable[[float], float], thresholds: Float, stride: int) -> tu
 
 def _loss(
     uses: Sequence[Use], masks: Sequence[Array | None], z: Float, options: MigrateOutliers
-) -> Callable[[Float], float]:
-    """The squared error for given scales s; each use has a range of its own, as its activation will."""
+) -> Callable[[Float, float], float]:
+    """The squared error for given scales s, or inf above a bound; each use has a range of its own, as it will."""
     ranges = [channel_range(use.batches, masks) for use in uses]
     weights = {layer.weight: _some_columns(layer.weights(), use) for use in uses for layer in use.site.layers}
     shifts = {value: z @ weight for value, weight in weights.items()}
-    zeros = {value: np.zeros_like(shift) for value, shift in shifts.items()}
-    product = _product_session()
+    in_float, in_integers = _float_product(), _integer_product()
 
-    def output(use: Use, index: int, x: Array, by: Mapping[ir.Value, Float], plus: Mapping[ir.Value, Float]) -> Array:
-        read = [layer.weight for layer in use.site.layers]
-        products = [_product(product, x, by[weight], plus[weight]) for weight in read]
+    def output(use: Use, index: int, product: Callable[[ir.Value], Array]) -> Array:
+        products = [product(layer.weight) for layer in use.site.layers]
         return np.concatenate(products, axis=-1) if use.inspected is None else use.inspected(index, products)
 
-    targets = [[output(use, index, x, weights, zeros) for index, x in enumerate(use.batches)] for use in uses]
+    def wanted(x: Array) -> Callable[[ir.Value], Array]:
+        return lambda value: in_float.run({"x": x, "weight": weights[value]})["y"]
 
-    def loss(s: Float) -> float:
-        rounded = {
-            value: schemes.weight_round_trip(weight * s[:, None], options.weight_bits, options.activation_bits)
-            for value, weight in weights.items()
-        }
-        total, tokens = 0.0, 0
-        for use, wanted, (low, high) in zip(uses, targets, ranges, strict=True):
+    targets = [[output(use, index, wanted(x)) for index, x in enumerate(use.batches)] for use in uses]
+    tokens = max(1, sum(len(rows_of(x, mask)) for use in uses for x, mask in zip(use.batches, masks, strict=True)))
+
+    def quantized(x: Array, affine: schemes.Affine, codes: Mapping[ir.Value, Feed]) -> Callable[[ir.Value], Array]:
+        scale, zero = np.array(affine.scale, np.float32), np.array(affine.zero_point, np.uint8)
+        x_codes: dict[str, Array] = {"x": affine.quantize(x), "x_scale": scale, "zero": zero}
+        return lambda value: in_integers.run({**x_codes, **codes[value]})["y"]
+
+    def loss(s: Float, bound: float) -> float:
+        codes = {value: _coded(weight * s[:, None], shifts[value], options) for value, weight in weights.items()}
+        total = 0.0
+        for use, aims, (low, high) in zip(uses, targets, ranges, strict=True):
             bounds = float(((low - z) / s).min()), float(((high - z) / s).max())
             affine = schemes.activation_grid(*bounds, options.activation_bits)
-            for index, (x, target, mask) in enumerate(zip(use.batches, wanted, masks, strict=True)):
-                seen = affine.round_trip(((x - z) / s).astype(np.float32))
-                error = rows_of(output(use, index, seen, rounded, shifts) - target, mask)
-                total += float(np.square(error, dtype=np.float64).sum())
-                tokens += error.shape[0]
-        return total / max(tokens, 1)
+            for index, (x, aim, mask) in enumerate(zip(use.batches, aims, masks, strict=True)):
+                got = output(use, index, quantized(((x - z) / s).astype(np.float32), affine, codes))
+                error = rows_of(got - aim, mask)
+                total += float(np.einsum("tc,tc->t", error, error).sum(dtype=np.float64))
+                if total / tokens > bound:  # no better, whatever the samples to come add
+                    return math.inf
+        return total / tokens
 
     return loss
+
+
+def _coded(weight: Float, shift: Float, options: MigrateOutliers) -> dict[str, Array]:
+    """A weight [K, N] in codes, and what its products are shifted by."""
+    scales = schemes.column_scales(weight, options.weight_bits, options.activation_bits)
+    return {
+        "weight": schemes.weight_codes(weight, scales, options.weight_bits),
+        "weight_scales": scales,
+        "shift": shift,
+    }
 
 
 def _some_columns(weight: Float, use: Use) -> Float:
@@ -342,20 +364,30 @@ def _some_columns(weight: Float, use: Use) -> Float:
     return weight[:, :: -(-weight.shape[1] // MOST_COLUMNS)] if use.inspected is None else weight
 
 
-def _product_session() -> Session:
-    """X W + shift by onnxruntime, whose float product is several times faster than some builds of numpy's."""
-    x, weight, shift = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("x", "weight", "shift"))
-    matmul = ir.node("MatMul", [x, weight])
-    add = ir.node("Add", [matmul.outputs[0], shift])
-    add.outputs[0].name, add.outputs[0].type = "y", x.type
-    opsets = {"": 20}
-    return Session(
-        ir.Model(ir.Graph([x, weight, shift], add.outputs, nodes=[matmul, add], opset_imports=opsets), ir_version=10)
-    )
+def _float_product() -> Session:
+    """Y = X W by onnxruntime, whose float product is several times faster than some builds of numpy's."""
+    x, weight = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("x", "weight"))
+    return _session_of(ir.node("MatMul", [x, weight]), [x, weight])
 
 
-def _product(session: Session, x: Array, weight: Float, shift: Float) -> Array:
-    return session.run({"x": x, "weight": weight, "shift": shift})["y"]
+def _integer_product() -> Session:
+    """Y = X W + shift of codes by the integer kernel: what the layer will compute, in a third of float's time."""
+    types = {
+        "x": ir.DataType.UINT8,
+        "weight": ir.DataType.INT8,
+        "x_scale": ir.DataType.FLOAT,
+        "weight_scales": ir.DataType.FLOAT,
+        "zero": ir.DataType.UINT8,
+        "shift": ir.DataType.FLOAT,
+    }
+    given = [ir.Value(name=name, type=ir.TensorType(dtype)) for name, dtype in types.items()]
+    return _session_of(ir.node("MatMulIntegerToFloat", [*given[:5], None, given[5]], domain="com.microsoft"), given)
+
+
+def _session_of(node: ir.Node, inputs: Sequence[ir.Value]) -> Session:
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": 20, "com.microsoft": 1}
+    return Session(ir.Model(ir.Graph(inputs, node.outputs, nodes=[node], opset_imports=opsets), ir_version=10))
 
 
 def _inspected(walk: Walk, site: Site, kind: Kind) -> Callable[[int, list[Array]], Array] | None:

@@ -275,8 +275,21 @@ def test_thresholds_walk_down_from_the_largest_value(largest: float, end: float,
 
 
 def test_of_equal_losses_the_larger_threshold_wins() -> None:
-    assert search(lambda t: 1.0, floats([4, 3, 2, 1]), stride=1) == (0, 1.0)
-    assert search(lambda t: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == (1, 0.5)
+    assert search(lambda t, bound: 1.0, floats([4, 3, 2, 1]), stride=1) == (0, 1.0)
+    assert search(lambda t, bound: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == (1, 0.5)
+
+
+@pytest.mark.parametrize("stride", [1, 8])
+def test_a_loss_that_gives_up_above_the_least_so_far_leads_to_the_same_threshold(stride: int) -> None:
+    thresholds, losses = np.arange(100, 0, -1, dtype=np.float32), np.random.default_rng(3).integers(5, 50, 101)
+    gave_up = []
+
+    def loss(t: float, bound: float) -> float:
+        gave_up.append(losses[int(t)] > bound)
+        return np.inf if gave_up[-1] else float(losses[int(t)])
+
+    assert search(loss, thresholds, stride) == search(lambda t, bound: float(losses[int(t)]), thresholds, stride)
+    assert any(gave_up)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 200])
@@ -284,7 +297,7 @@ def test_a_coarse_search_finds_the_bottom_of_a_valley_with_fewer_tries(stride: i
     thresholds = np.linspace(100, 1, 100, dtype=np.float32)
     tried: list[float] = []
 
-    def loss(t: float) -> float:
+    def loss(t: float, bound: float) -> float:
         tried.append(t)
         return (t - 42.0) ** 2 if stride < 100 else (t - 92.0) ** 2
 
@@ -516,7 +529,7 @@ def test_values_in_the_thousands_are_searched_in_a_few_hundred_steps() -> None:
     thresholds = threshold_grid(4000.0, 100, 0.1)
     tried: list[float] = []
 
-    def loss(t: float) -> float:
+    def loss(t: float, bound: float) -> float:
         tried.append(t)
         return abs(t - 7.3)
 
