@@ -140,3 +140,12 @@ def test_a_compiled_folder_offers_fewer_positions(
     assert [len(entry.rewrites) for entry in report.passes if entry.name == "bake-prefix"] == [1]
     assert all(layer.integer for layer in report.layers)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 63
+
+
+def test_of_the_tokens_that_hold_the_worse_half_is_left_out_but_never_all() -> None:
+    trials = {token: bake_prefix._Trial(largest=float(token % 2), divergence=float(-token)) for token in range(40)}
+    kept = bake_prefix._better_half(trials, enough=0.5)
+    assert list(kept) == list(range(0, 40, 2))
+    assert list(bake_prefix._better_half(kept, enough=0.5)) == list(range(20, 40, 2))
+    few = {token: kept[token] for token in (0, 2, 4, 6)}
+    assert bake_prefix._better_half(few, enough=0.5) == few
