@@ -88,7 +88,7 @@ class BakePrefix:
             for index, ids in enumerate(prompts):
                 # run a second time: the logits of all prompts together are larger than most models
                 wanted = _look(session, decoder, names, ids, [()])[0][1]
-                trying = [(token,) for token, trial in trials.items() if trial.largest <= enough]
+                trying = [(token,) for token in _holding(trials, enough)]
                 for start in range(0, len(trying), AT_ONCE):
                     some = trying[start : start + AT_ONCE]
                     for (token,), (largest, got) in zip(some, _look(session, decoder, names, ids, some), strict=True):
@@ -97,7 +97,7 @@ class BakePrefix:
                 if (index + 1) * 4 in (len(prompts), 2 * len(prompts)):
                     trials = _better_half(trials, enough)
                 advance()
-        found = {token: trial for token, trial in trials.items() if trial.largest <= enough}
+        found = _holding(trials, enough)
         if not found:
             figures = {"largest": before, "enough": enough}
             return PassResult((), (Event(anchor, "no prefix is called for", figures),))
@@ -212,9 +212,14 @@ def _frequent(prompts: Sequence[Array], count: int) -> list[int]:
     return [int(token) for token in tokens[np.lexsort((tokens, -counts))[:count]]]
 
 
+def _holding(trials: Mapping[int, _Trial], enough: float) -> dict[int, _Trial]:
+    """The tokens that took the massive activations away so far."""
+    return {token: trial for token, trial in trials.items() if trial.largest <= enough}
+
+
 def _better_half(trials: Mapping[int, _Trial], enough: float) -> dict[int, _Trial]:
     """Of the tokens that take the massive activations away those that moved the logits least, `LEFT` at least."""
-    holding = {token: trial for token, trial in trials.items() if trial.largest <= enough}
+    holding = _holding(trials, enough)
     kept = sorted(holding, key=lambda token: holding[token].divergence)[: max(LEFT, len(trials) // 2)]
     return {token: trial for token, trial in holding.items() if token in kept}
 

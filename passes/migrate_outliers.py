@@ -42,6 +42,15 @@ LOWEST_THRESHOLD = {"LayerNormalization": 1.0}
 LOWEST_ELSEWHERE = 0.1
 """Where it ends for all others; the authors' code takes it for LLaMA."""
 
+FLOAT = """<ir_version: 10, opset_import: ["" : 20]>
+product (float[] x, float[k, n] weight) => (float[] y) { y = MatMul(x, weight) }"""
+"""A product by onnxruntime, several times faster than some builds of numpy's."""
+
+INTEGER = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+product (uint8[] x, int8[k, n] weight, float x_scale, float[n] weight_scales, uint8 zero, float[n] shift) => (float[] y)
+{ y = com.microsoft.MatMulIntegerToFloat(x, weight, x_scale, weight_scales, zero, "", shift) }"""
+"""The product of codes by the integer kernel: what the layer will compute, in a third of float's time."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -315,7 +324,7 @@ def _loss(
     ranges = [channel_range(use.batches, masks) for use in uses]
     weights = {layer.weight: _some_columns(layer.weights(), use) for use in uses for layer in use.site.layers}
     shifts = {value: z @ weight for value, weight in weights.items()}
-    in_float, in_integers = _float_product(), _integer_product()
+    in_float, in_integers = (Session(ir.from_onnx_text(text)) for text in (FLOAT, INTEGER))
 
     def output(use: Use, index: int, product: Callable[[ir.Value], Array]) -> Array:
         products = [product(layer.weight) for layer in use.site.layers]
@@ -362,32 +371,6 @@ def _coded(weight: Float, shift: Float, options: MigrateOutliers) -> dict[str, A
 def _some_columns(weight: Float, use: Use) -> Float:
     """Evenly spaced columns of a weight as wide as a vocabulary, which stand for all where they are not mixed."""
     return weight[:, :: -(-weight.shape[1] // MOST_COLUMNS)] if use.inspected is None else weight
-
-
-def _float_product() -> Session:
-    """Y = X W by onnxruntime, whose float product is several times faster than some builds of numpy's."""
-    x, weight = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("x", "weight"))
-    return _session_of(ir.node("MatMul", [x, weight]), [x, weight])
-
-
-def _integer_product() -> Session:
-    """Y = X W + shift of codes by the integer kernel: what the layer will compute, in a third of float's time."""
-    types = {
-        "x": ir.DataType.UINT8,
-        "weight": ir.DataType.INT8,
-        "x_scale": ir.DataType.FLOAT,
-        "weight_scales": ir.DataType.FLOAT,
-        "zero": ir.DataType.UINT8,
-        "shift": ir.DataType.FLOAT,
-    }
-    given = [ir.Value(name=name, type=ir.TensorType(dtype)) for name, dtype in types.items()]
-    return _session_of(ir.node("MatMulIntegerToFloat", [*given[:5], None, given[5]], domain="com.microsoft"), given)
-
-
-def _session_of(node: ir.Node, inputs: Sequence[ir.Value]) -> Session:
-    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    opsets = {"": 20, "com.microsoft": 1}
-    return Session(ir.Model(ir.Graph(inputs, node.outputs, nodes=[node], opset_imports=opsets), ir_version=10))
 
 
 def _inspected(walk: Walk, site: Site, kind: Kind) -> Callable[[int, list[Array]], Array] | None:
