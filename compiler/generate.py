@@ -25,6 +25,7 @@ from tokenizers.decoders import DecodeStream
 
 from scalefold.compiler.artifact import MODEL, RECORD, read_record
 from scalefold.compiler.calibrate import read_tokenizer
+from scalefold.compiler.carried_prefix import carry_prefix
 from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
@@ -105,10 +106,14 @@ class Generation:
 class CachedSession(Session):
     """A session of a decoder that passes its cache from step to step without copying it.
 
+    Of a compiled folder the graph is changed as it is opened: it can be asked for the last logits alone (`last_logits`),
+    and a prefix is part of the cache that is passed (`carried_prefix`).
+
     Args:
         model: the model file.
         threads: intra-op threads; 0 lets onnxruntime choose.
-        as_it_is: open the file itself, which computes the logits of a whole prompt even where the last are wanted.
+        as_it_is: open the file itself, which computes the logits of a whole prompt even where the last are wanted, and
+            joins a prefix to the cache in every step.
 
     Raises:
         SourceError: it is not a decoder with a cache.
@@ -116,18 +121,27 @@ class CachedSession(Session):
 
     def __init__(self, model: Path, *, threads: int = 0, as_it_is: bool = False) -> None:
         try:
-            source = model if as_it_is else _cut(model)
-            super().__init__(source, threads=threads, quiet=False)
+            opened = _Opened(model) if as_it_is else _for_generation(model)
+            super().__init__(opened.source, threads=threads, quiet=False)
         except (GraphError, DecodeError, OSError):
             read_onnx(model)  # knows better what is wrong with the file
             raise
-        self._cuts_logits = isinstance(source, Message)
+        self._cuts_logits = opened.cuts_logits
         self.decoder = decoder_of(self, str(model))
+        self._prefix = None if opened.prefix is None else Session(opened.prefix, threads=1)
+        self._prefix_length = (
+            0 if self._prefix is None else next(iter(self._first(self._prefix, 1).values())).shape()[2]
+        )
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
         """Arrays, such as those of a cache, as onnxruntime's own values."""
         own = onnxruntime.OrtValue.ortvalue_from_numpy
         return {name: own(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def _first(self, prefix: Session, batch: int) -> Cache:
+        """The cache that nothing but the prefix is in."""
+        ids = np.zeros((batch, 1), dtype=self.decoder.tokens["input_ids"].dtype)
+        return self.hold(prefix.run({"input_ids": ids}))
 
     def step(self, ids: Array, mask: Array | None, cache: Cache, *, last: bool = False) -> tuple[Array, Cache]:
         """Run tokens behind a cache.
@@ -135,16 +149,21 @@ class CachedSession(Session):
         Args:
             ids: [B,S].
             mask: [B,P+S]; see `Decoder.prompt_feed`.
-            cache: P positions, from `hold` or from the step before.
+            cache: P positions, from the step before, or from `hold` where there are none yet.
             last: only the logits of the last token are wanted, which spares a prompt the others; see `last_logits`.
 
         Returns:
-            the logits, [B,S,V], or where `last` is asked for [B,1,V], and the cache of P + S positions.
+            the logits, [B,S,V], or where `last` is asked for [B,1,V], and the cache of P + S positions, and of the prefix
+            where it is part of the cache.
 
         Raises:
             SourceError: the cache or the mask has a wrong shape, or the tokens are none of the model's.
         """
         length = self.decoder.check_cache({name: tuple(value.shape()) for name, value in cache.items()}, len(ids))
+        if self._prefix is not None and length == 0:
+            cache = self._first(self._prefix, len(ids))
+        elif length:
+            length -= self._prefix_length
         feed = {**self.hold(self.decoder.token_feed(ids, mask, length)), **cache}
         if last and self._cuts_logits and ids.shape[1] > 1:
             feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
@@ -156,19 +175,36 @@ class CachedSession(Session):
 
 def _output_layer_input(folder: Path) -> str | None:
     """What the output layer reads where it can be cut, as the record of a compiled folder has it."""
-    if not (folder / RECORD).is_file():
-        return None
     found = read_record(folder).get("output_layer_input")
     return found if isinstance(found, str) else None
 
 
-def _cut(path: Path) -> Message | Path:
-    """A model that can be asked for the last logits alone, or the file as it is where it is not known how."""
-    reads = _output_layer_input(path.parent)
-    if reads is None:
-        return path
-    model = onnx.load(str(path), load_external_data=False)
-    return Message(model.SerializeToString(), path.parent) if cut_logits(model, reads) else path
+@dataclass(frozen=True)
+class _Opened:
+    """A model as it is opened for generation.
+
+    Attributes:
+        source: what onnxruntime opens.
+        cuts_logits: whether it can be asked for the last logits alone.
+        prefix: the graph of the prefix that its cache begins with.
+    """
+
+    source: Message | Path
+    cuts_logits: bool = False
+    prefix: Message | None = None
+
+
+def _for_generation(path: Path) -> _Opened:
+    """A compiled model that is the faster one where the caller is `CachedSession`; any other file as it is."""
+    if not (path.parent / RECORD).is_file():
+        return _Opened(path)
+    model, folder, reads = onnx.load(str(path), load_external_data=False), path.parent, _output_layer_input(path.parent)
+    cuts_logits = reads is not None and cut_logits(model, reads)
+    prefix = carry_prefix(model)
+    if not cuts_logits and prefix is None:
+        return _Opened(path)
+    first = None if prefix is None else Message(prefix.SerializeToString(), folder)
+    return _Opened(Message(model.SerializeToString(), folder), cuts_logits, first)
 
 
 def _cannot_run(said: str) -> SourceError:

@@ -17,7 +17,7 @@ from scalefold.compiler.decode_chain import CODED, origin_of, remember
 from scalefold.compiler.decoder import first_tokens
 from scalefold.compiler.facts import Fact, quantized_matmuls, weight_array, weight_dequantizer
 from scalefold.compiler.graph import Linear
-from scalefold.compiler.kernel_timing import Kernel, Product, kernel_seconds
+from scalefold.compiler.kernel_timing import BLOCK_BITS, Kernel, Product, column_block, kernel_seconds
 from scalefold.compiler.output_error import OutputError
 from scalefold.compiler.protocol import Context, Measure, Pipeline, Requests
 from scalefold.compiler.recipe import Granularity, Recipe, WeightFormat, Weights
@@ -34,7 +34,7 @@ CANDIDATES = (
 """The formats offered to every layer beside that of the base recipe."""
 
 IN_BLOCKS = WeightFormat(bits=4, group_size=32, compensation=True)
-"""Offered as well where the profile lets 4-bit linear weights run as they are stored."""
+"""Offered as well where the profile lets linear weights run in blocks."""
 
 GRANULARITIES: tuple[Granularity, ...] = ("per-tensor", "per-token")
 
@@ -306,15 +306,17 @@ def _item(
 
 
 def in_blocks(recipe: Recipe, wanted: WeightFormat, shape: tuple[int, int]) -> bool:
-    """Whether a weight of this format runs as it is stored; see lower-block-matmul."""
-    if recipe.profile == "throughput" or wanted.format != "linear" or wanted.bits != IN_BLOCKS.bits:
+    """Whether a weight of this format runs in blocks; see lower-block-matmul."""
+    linear = wanted.format == "linear" and wanted.bits in BLOCK_BITS
+    if recipe.profile == "throughput" or not (linear or wanted.bits == 8):
         return False
-    return recipe.profile == "decode" or faster_in_blocks(*shape, block_of(wanted), recipe.rows)
+    return recipe.profile == "decode" or faster_in_blocks(*shape, _in_blocks(wanted, shape[0]), recipe.rows)
 
 
-def block_of(wanted: WeightFormat) -> int:
-    """Rows of a block where a weight runs as it is stored."""
-    return wanted.group_size or Kernel().block
+def _in_blocks(wanted: WeightFormat, k: int) -> Kernel:
+    """What runs a weight [K, N] of this format in blocks; there are groups at fewer than 8 bits alone."""
+    block = wanted.group_size if wanted.bits < 8 else None
+    return Kernel(None, block or column_block(k, wanted.bits), wanted.bits)
 
 
 def measured_options(
@@ -365,7 +367,7 @@ def _graph_bytes(item: Item, choice: Choice) -> int:
 def _seconds(item: Item, index: int, recipe: Recipe) -> float:
     """The time of an item's products by one of its choices, the mean over the numbers of rows."""
     kernels = [
-        Kernel(choice.granularity) if choice.granularity else Kernel(None, block_of(choice.weights))
+        Kernel(choice.granularity) if choice.granularity else _in_blocks(choice.weights, item.shape[0])
         for choice in item.choices
     ]
     seconds = 0.0

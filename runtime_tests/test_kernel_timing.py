@@ -9,10 +9,10 @@ import onnxruntime
 import pytest
 
 from scalefold.compiler import kernel_timing, machine
-from scalefold.compiler.kernel_timing import KIND, Kernel, Product, kernel_seconds
+from scalefold.compiler.kernel_timing import KIND, Kernel, Product, column_block, kernel_seconds
 from scalefold.compiler.runtime import Feed, Session
 
-STATIC, ROWS, BLOCKS = Kernel(), Kernel("per-token"), Kernel(None, 32)
+STATIC, ROWS, BLOCKS, BYTES = Kernel(), Kernel("per-token"), Kernel(None, 32), Kernel(None, 16, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_kernels_of_one_shape_are_timed_together_and_then_never_again(measured: list[int]) -> None:
-    products = [Product(kernel, 80, 24, rows) for rows in (1, 8) for kernel in (STATIC, ROWS, BLOCKS)]
+    products = [Product(kernel, 80, 24, rows) for rows in (1, 8) for kernel in (STATIC, ROWS, BLOCKS, BYTES)]
     found = kernel_seconds(products)
-    assert measured == [3, 3]
-    assert [found[entry] for entry in products] == [1 / COPIES, 2 / COPIES, 3 / COPIES] * 2
+    assert measured == [4, 4]
+    assert [found[entry] for entry in products] == [1 / COPIES, 2 / COPIES, 3 / COPIES, 4 / COPIES] * 2
     assert kernel_seconds(reversed(products)) == found
     assert kernel_seconds(products[:1]) == {products[0]: 1 / COPIES}
-    assert measured == [3, 3]
+    assert measured == [4, 4]
 
 
 def test_the_cache_is_of_a_cpu_and_a_version_of_onnxruntime(
@@ -128,3 +128,10 @@ def test_medians_are_of_the_turns_behind_the_first() -> None:
         assert kernel_timing._medians([first, second], {}) == pytest.approx([0.01, 0.01])  # type: ignore[list-item]
         assert kernel_timing._medians([slow], {}) == pytest.approx([0.5])  # type: ignore[list-item]
         assert len(slow.seconds) == kernel_timing.TURNS - 3
+
+
+@pytest.mark.parametrize(
+    ("k", "bits", "block"), [(1536, 8, 128), (576, 8, 64), (96, 8, 32), (80, 8, 32), (1536, 4, 32), (576, 4, 32)]
+)
+def test_a_column_of_8_bits_has_the_largest_block_that_is_filled(k: int, bits: int, block: int) -> None:
+    assert column_block(k, bits) == block

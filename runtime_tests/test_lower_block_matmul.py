@@ -10,6 +10,7 @@ import pytest
 from scalefold.compiler import graph
 from scalefold.compiler.decode_chain import origin_of, remember
 from scalefold.compiler.facts import weight_dequantizer
+from scalefold.compiler.kernel_timing import Kernel
 from scalefold.compiler.protocol import Context, PassResult
 from scalefold.compiler.recipe import Weights
 from scalefold.compiler.runtime import Session
@@ -63,6 +64,31 @@ def test_the_kernel_multiplies_with_the_weight_that_was_solved(k: int, group_siz
     np.testing.assert_allclose(product(model, k), weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [256, 192, 80])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_8_bit_weights_are_multiplied_as_they_are(k: int, symmetric: bool) -> None:
+    model = layer(k, bits=8, symmetric=symmetric)
+    dequantize = weight_dequantizer(graph.nodes(model, "MatMul")[0])
+    assert dequantize is not None
+    wanted = np.multiply(*(np.asarray(graph.constant(value), dtype=np.float32) for value in dequantize.inputs[:2]))
+    result = LowerBlockMatmul().run(model, Context())
+    node = graph.nodes(model, "MatMulNBits")[0]
+    assert not result.declined and (graph.attribute(node, "bits"), len(node.inputs)) == (8, 3)
+    np.testing.assert_allclose(product(model, k), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_is_looked_up_too_is_left_to_the_integer_kernel() -> None:
+    model = layer(32, n=8, bits=8)
+    codes = next(value for name, value in model.graph.initializers.items() if name.endswith("weight_codes"))
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
+    model.graph.inputs.append(ids)
+    model.graph.append(ir.node("Gather", [codes, ids], {"axis": 1}))
+    result = LowerBlockMatmul().run(model, Context())
+    assert [event.reason for event in result.declined] == [
+        "its weight is a table that is looked up too, and stored once"
+    ]
+
+
 def test_a_zero_that_lies_on_another_code_is_told_to_the_kernel() -> None:
     model = layer(32, n=2, group_size=16, solver="rtn")
     dequantize = weight_dequantizer(graph.nodes(model, "MatMul")[0])
@@ -80,9 +106,9 @@ def test_a_zero_that_lies_on_another_code_is_told_to_the_kernel() -> None:
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ({"bits": 3}, "its weight is not 4-bit and linear"),
-        ({"bits": 8}, "its weight is not 4-bit and linear"),
-        ({"format": "kmeans"}, "its weight is not 4-bit and linear"),
+        ({"bits": 3}, "its weight is neither 4-bit and linear nor 8-bit"),
+        ({"bits": 6}, "its weight is neither 4-bit and linear nor 8-bit"),
+        ({"format": "kmeans"}, "its weight is neither 4-bit and linear nor 8-bit"),
         ({"group_size": 32, "symmetric": False}, "its zero is not one of its codes"),
         ({"group_size": 24}, "groups of 24 rows are no blocks of the kernel: they must be a power of two from 16"),
         ({"group_size": 8}, "groups of 8 rows are no blocks of the kernel: they must be a power of two from 16"),
@@ -106,15 +132,15 @@ def test_a_quantized_input_is_left_to_the_integer_kernel() -> None:
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_measured_takes_the_faster_kernel(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
-    asked: list[tuple[int, int, int, tuple[int, ...]]] = []
+    asked: list[tuple[int, int, Kernel, tuple[int, ...]]] = []
 
-    def timed(k: int, n: int, block: int, rows: tuple[int, ...]) -> bool:
-        asked.append((k, n, block, rows))
+    def timed(k: int, n: int, blocks: Kernel, rows: tuple[int, ...]) -> bool:
+        asked.append((k, n, blocks, rows))
         return faster
 
     monkeypatch.setattr(lower_block_matmul, "faster_in_blocks", timed)
     model = layer(group_size=32, solver="rtn")
     result: PassResult = LowerBlockMatmul("measured", (1, 64)).run(model, Context())
-    assert asked == [(96, 24, 32, (1, 64))]
+    assert asked == [(96, 24, Kernel(None, 32, 4), (1, 64))]
     assert result.changed == faster
     assert faster or result.declined[0].reason == "the integer kernel is faster at 1 and 64 rows"
