@@ -5,7 +5,7 @@ One row of a chain is one output column of the weight, so that a look-up of embe
     codes        uint8 [N, 1, P] -> BitShift -> BitShift -> Reshape [N, K]     b bits each, packed; fields of 4, 2, 1 bits
                  4 bits: INT4 or UINT4 [N, K] instead, which needs no unpacking
     Grid         Cast(codes) * multipliers + offsets                           in groups as [N, G, g]
-    Codebook     Gather(table [2^b], codes), per column GatherElements(table [N, 2^b], codes)
+    Codebook     GatherElements(table [N, 2^b], codes), of the whole weight: Expand(table [2^b], [N, 2^b])
     BinaryCoding GatherElements(ReduceSum(alphas * signs) [N, G, 2^b], codes)  the sums of +-alpha, made in the chain
     weight       Transpose [K, N], int8
 
@@ -132,10 +132,17 @@ class DecodeChain:
 
     def _codebook(self, codebook: Codebook) -> None:
         index = self._cast(self._codes(), ir.DataType.INT32)
-        if codebook.table.shape[1] == 1:
-            self._add("Gather", self._constant("codebook", lambda: codebook.table[:, 0]), index, axis=0)
-        else:
+        if codebook.table.shape[1] > 1:
             self._add("GatherElements", self._per_row("codebook", lambda: codebook.table.T), index, axis=-1)
+            return
+        table = self._constant("codebook", lambda: codebook.table[:, 0])
+        if self._ids is not None:
+            self._add("Gather", table, index, axis=0)
+            return
+        # each row has a copy: a look-up along a row takes half the time of one that has no rows
+        shape = (self._rows, len(codebook.table))
+        rows = self._shared("rows_{}_{}".format(*shape), lambda: np.array(shape, dtype=np.int64))
+        self._add("GatherElements", self._add("Expand", table, rows), index, axis=-1)
 
     def _binary_coding(self, coding: BinaryCoding) -> None:
         groups = coding.alphas.shape[1]
@@ -330,6 +337,7 @@ _NUMPY: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
     "Add": lambda node, inputs: np.asarray(np.add(*inputs)),
     "BitShift": _bit_shift,
     "Cast": _cast,
+    "Expand": lambda node, inputs: np.broadcast_to(inputs[0], tuple(np.asarray(inputs[1]).tolist())),
     "Gather": lambda node, inputs: np.take(inputs[0], np.asarray(inputs[1], dtype=np.int64), axis=_axis(node)),
     "GatherElements": _gather_elements,
     "Mul": lambda node, inputs: np.asarray(np.multiply(*inputs)),

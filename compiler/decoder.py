@@ -21,8 +21,8 @@ from scalefold.compiler.errors import SourceError
 from scalefold.compiler.runtime import NUMPY_TYPES, Array, Feed, Session, inputs_of
 
 LOGITS = "logits"
-ROWS = 64
-"""Tokens whose logits are looked at at a time: each is as wide as the vocabulary."""
+ROWS = 8
+"""Tokens whose logits are looked at at a time: each is as wide as the vocabulary, and these few stay in a cache."""
 TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 TOKEN_FEEDS = TOKEN_INPUTS | {"token_type_ids"}
 PREFIX = ".prefix"

@@ -165,7 +165,8 @@ def _coding(value: ir.Value) -> Coding | None:
         node = graph.producer(node.inputs[0])
     if node is None or node.op_type not in ("Gather", "GatherElements"):
         return None
-    table = node.inputs[0]
+    expand = graph.producer(node.inputs[0], "Expand")
+    table = node.inputs[0] if expand is None else expand.inputs[0]
     constant = table if graph.producer(table) is None else _alphas(table)
     index = decode_chain.evaluate(node.inputs[1])
     if constant is None or index is None or len(graph.consumers(constant)) != 1:

@@ -479,7 +479,7 @@ DECODERS = (
         for kind in ("Q8_0", "Q4_0")
     ),
     Contender("genai-int4", "onnxruntime-genai", "int4, blocks of 32, accuracy level 4", _genai, "genai"),
-    Contender("w8a8", "scalefold", "w8a8", _scalefold("--recipe", "w8a8")),
+    *(Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe)) for recipe in ("w8a8", "w8a8-decode")),
     *(
         Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe), timed=False)
         for recipe in ("w8a8-static", "w8a8-token")
@@ -635,6 +635,8 @@ def write_windows(work: Workspace, text: Path | None, count: int) -> None:
 
 def place(given: Path, target: Path) -> None:
     """Let a folder that was made before stand where a benchmark would make its own."""
+    if given.resolve() == target.resolve():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     displace(target)
     shutil.rmtree(target, ignore_errors=True)
