@@ -17,7 +17,6 @@ import importlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalefold.compiler import ScalefoldError, artifact, graph
 from scalefold.compiler.calibrate import Calibration, TextEncoder, calibration_from, collect
+from scalefold.compiler.charts import Chart
 from scalefold.compiler.decoder import LOGITS, position_limit
 from scalefold.compiler.driver import SIDECARS, open_source, reference_models
+from scalefold.compiler.errors import SourceError
 from scalefold.compiler.evaluate import LONGEST_TEXT, METRICS, Request
 from scalefold.compiler.recipe import WeightFormat
 from scalefold.compiler.runtime import Session
@@ -450,14 +451,11 @@ Lines = dict[str, dict[int, float]]
 """A figure by format and bits."""
 
 
-def draw(rows: Sequence[Row]) -> str:
-    """An SVG: a column of panels for each model, bits across, a line for each format, all on logarithmic scales."""
+def draw(rows: Sequence[Row]) -> Chart:
+    """A column of panels for each model, bits across, a line for each format, all on logarithmic scales."""
     models = list(dict.fromkeys((row.model, row.data) for row in rows))
     wide, high = len(models) * (WIDTH + LEFT) + 20, TOP + 3 * (HEIGHT + GAP) + 140 // len(models)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    parts = []
     for column, chosen_model in enumerate(models):
         chosen = [row for row in rows if (row.model, row.data) == chosen_model]
         left = LEFT + column * (WIDTH + LEFT)
@@ -471,7 +469,12 @@ def draw(rows: Sequence[Row]) -> str:
         for index, (title, lines) in enumerate(panels):
             if lines:
                 parts.append(panel(lines, title, left, TOP + index * (HEIGHT + GAP)))
-    return "\n".join([*parts, _legend(wide, high), "</svg>"]) + "\n"
+    return Chart(
+        "error of the weights and loss of the task metric, by bits",
+        wide,
+        high,
+        "\n".join([*parts, _legend(wide, high)]),
+    )
 
 
 def errors_to_baseline(rows: Sequence[Row]) -> Lines:
@@ -541,15 +544,6 @@ def _legend(wide: float, high: float) -> str:
     return "\n".join(parts)
 
 
-def write_png(svg: Path, console: Console) -> None:
-    """The same plot as a PNG beside it, where librsvg's converter is installed."""
-    if shutil.which("rsvg-convert") is None:
-        console.print(f"{svg.with_suffix('.png')} is not written: rsvg-convert (librsvg) is not installed.")
-        return
-    command = ["rsvg-convert", "--zoom", "1.5", "-o", str(svg.with_suffix(".png")), str(svg)]
-    subprocess.run(command, check=True)
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -602,9 +596,12 @@ def publish(rows: Sequence[Row], folder: Path | None, console: Console) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weight-formats.md").write_text(report(rows) + "\n", encoding="utf-8")
-    svg = folder / "weight-formats.svg"
-    svg.write_text(draw(rows), encoding="utf-8")
-    write_png(svg, console)
+    chart = draw(rows)
+    (folder / "weight-formats.svg").write_text(chart.svg(), encoding="utf-8")
+    try:
+        (folder / "weight-formats.png").write_bytes(chart.png())
+    except SourceError as error:
+        console.print(str(error))
 
 
 def main() -> None:
