@@ -123,8 +123,8 @@ def compile_command(
     profile: Annotated[
         str | None,
         typer.Option(
-            help="What 4-bit linear weights run on: throughput (the integer kernel, the default), decode (blocks, read as"
-            " stored), or balanced (measured here at --rows)."
+            help="What linear weights of 4 and 8 bits run on: throughput (the integer kernel, the default), decode (blocks,"
+            " read as stored), or balanced (measured here at --rows)."
         ),
     ] = None,
     rows: Annotated[

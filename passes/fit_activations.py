@@ -317,7 +317,8 @@ class _Logits:
     def __init__(self, ctx: Context) -> None:
         assert ctx.float_model is not None
         self._feeds = ctx.search
-        self._wanted = [self._of(Session(ctx.float_model, outputs=[LOGITS], lean=True), feed) for feed in ctx.search]
+        session = Session(ctx.float_model, outputs=[LOGITS], lean=True)
+        self._wanted = [self._of(session, feed) for feed in ctx.search]
 
     def divergence(self, model: ir.Model) -> float:
         """Mean divergence per token, in nats."""

@@ -173,7 +173,7 @@ def test_recipes_lists_what_the_package_ships(cli: Cli) -> None:
     shipped = {Path(str(entry)).stem for entry in files("scalefold.passes").iterdir() if str(entry).endswith(".yaml")}
     few_bits = {"w4a8", "w4a8-kmeans", "w4a8-bcq", "w3a8-kmeans", "w3a8-bcq"}
     learned = {"quadapter-w8a8", "quadapter-w6a6"}
-    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token", *few_bits, *learned}
+    assert shipped == {"w8a8", "w6a6", "w8a8-naive", "w8a8-static", "w8a8-token", "w8a8-decode", *few_bits, *learned}
     done = cli("recipes")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in shipped)
