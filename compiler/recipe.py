@@ -336,8 +336,8 @@ class Recipe(_Section):
     target: Target = "onnxruntime-cpu"
     profile: Profile = Field(
         "throughput",
-        description="what linear weights of 4 and 8 bits run on: the integer kernel, blocks read as they are stored (decode),"
-        " or whichever is faster on this machine (balanced)",
+        description="what linear weights of 4 and 8 bits run on: the integer kernel, blocks read as they are stored"
+        " (decode), or whichever is faster on this machine (balanced)",
     )
     rows: tuple[int, ...] = Field(
         (1, 128), min_length=1, description="numbers of rows (batch times tokens) at which balanced measures"
