@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import SourceError, needing_packages
 from scalefold.compiler.schemes import Float
 
 WIDTH = 370
@@ -67,12 +67,8 @@ class Chart:
 
 
 def _renderer() -> Callable[[str], bytes]:
-    try:
+    with needing_packages("drawing PNG files", "pip install 'scalefold[plots]'"):
         import resvg_py
-    except ImportError as error:
-        raise SourceError(
-            f"they need the package {error.name}", where="PNG plots", remedy="pip install 'scalefold[plots]'"
-        ) from error
     return lambda svg: bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=ZOOM))
 
 

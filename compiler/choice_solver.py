@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import needing_packages
 
 Quantity = Literal["error", "bytes", "seconds"]
 
@@ -52,14 +52,8 @@ def require_solver() -> None:
     Raises:
         SourceError: it is not installed.
     """
-    try:
+    with needing_packages("choosing by measurement", "pip install 'scalefold[auto]'"):
         import_module("scipy.optimize")
-    except ImportError as error:
-        raise SourceError(
-            f"choosing by measurement needs the package {error.name}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[auto]'",
-        ) from error
 
 
 def total(items: Items, picked: Sequence[int], quantity: Quantity) -> float:

@@ -23,7 +23,7 @@ from scalefold.compiler.ceilings import ceilings
 from scalefold.compiler.choice_solver import Quantity
 from scalefold.compiler.diff import diff_files
 from scalefold.compiler.driver import AUTO, RECIPE, CompileReport, compile_model, open_source, reference_models
-from scalefold.compiler.errors import InterruptError, OutputError, ScalefoldError, SourceError
+from scalefold.compiler.errors import InterruptError, OutputError, ScalefoldError, SourceError, needing_packages
 from scalefold.compiler.gates import PARITY_TOKENS, Gate, require_gates, run_gates
 from scalefold.compiler.generate import Generator, Sampling
 from scalefold.compiler.intake import read_onnx
@@ -499,14 +499,8 @@ def tune_command(
     if train not in get_args(Train):
         choices = ", ".join(get_args(Train))
         raise SourceError(f"{train!r} cannot be trained", where="--train", remedy=f"choose from {choices}")
-    try:
+    with needing_packages("tuning", "pip install 'scalefold[hf]'"):
         from scalefold.compiler import tuning
-    except ImportError as error:
-        raise SourceError(
-            f"tuning needs the package {error.name}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[hf]'",
-        ) from error
     settings = tuning.Settings(
         cast(Train, train), epochs, lr, batch, seed, weight_decay, max_length, held_out, group_gradients
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ScalefoldError(Exception):
@@ -74,3 +75,21 @@ class InterruptError(BaseException):
 
     def __init__(self, what: str, *, where: str, remedy: str) -> None:
         super().__init__(f"{where}: {what}; {remedy}.")
+
+
+@contextmanager
+def needing_packages(purpose: str, remedy: str) -> Iterator[None]:
+    """Import what only some uses need, and say so where it is not installed.
+
+    Args:
+        purpose: what needs it, as the subject of a sentence.
+        remedy: what the user can do about it.
+
+    Raises:
+        SourceError: a package that is imported inside is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        what = f"{purpose} needs the package {error.name or error}"
+        raise SourceError(what, where="the Python installation", remedy=remedy) from error

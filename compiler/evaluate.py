@@ -30,7 +30,7 @@ from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.calibrate import TEXT_INPUTS, TextEncoder, read_tokenizer
 from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, log_softmax, position_limit
 from scalefold.compiler.driver import open_source
-from scalefold.compiler.errors import CalibrationError, SourceError
+from scalefold.compiler.errors import CalibrationError, SourceError, needing_packages
 from scalefold.compiler.protocol import Progress, silent
 from scalefold.compiler.runtime import Array, Feed, Session, inputs_of
 from scalefold.compiler.text_file import numbered_lines, read_text
@@ -161,14 +161,8 @@ def spearman(pairs: Sequence[Pair], embeddings: Embeddings) -> float:
 
 
 def _spearmanr() -> Any:
-    try:
-        return importlib.import_module("scipy.stats").spearmanr  # an optional package: only this metric needs it
-    except ImportError as error:
-        raise SourceError(
-            "Spearman's correlation needs scipy",
-            where="the Python installation",
-            remedy="pip install scipy, or choose another metric with --metric",
-        ) from error
+    with needing_packages("Spearman's correlation", "pip install scipy, or choose another metric with --metric"):
+        return importlib.import_module("scipy.stats").spearmanr
 
 
 def sts(request: Request) -> Facts:

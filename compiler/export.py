@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import SourceError, needing_packages
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _export(source: str, folder: Path, task: str | None) -> None:
-    transformers, exporters = _require("transformers"), _require("transformers.exporters")
+    with needing_packages("exporting a Hugging Face model", "pip install 'scalefold[hf]', or give an .onnx file"):
+        transformers, exporters = map(importlib.import_module, ("transformers", "transformers.exporters"))
     model, tokenizer, task = _load(transformers, source, task)
     try:
         inputs = _step_inputs(model) if task == "causal-lm" else _sample_inputs(model, tokenizer)
@@ -131,17 +132,6 @@ def _copy_sentence_files(transformers: Any, source: str, folder: Path) -> None:
         if found is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(found, folder / name)
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise SourceError(
-            f"exporting a Hugging Face model needs the package {error.name or name}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[hf]', or give an .onnx file",
-        ) from error
 
 
 def _load(transformers: Any, source: str, task: str | None) -> tuple[Any, Any, str]:

@@ -27,7 +27,7 @@ from scalefold.compiler.artifact import MODEL, RECORD, read_record
 from scalefold.compiler.calibrate import read_tokenizer
 from scalefold.compiler.carried_prefix import carry_prefix
 from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
-from scalefold.compiler.errors import GraphError, SourceError
+from scalefold.compiler.errors import GraphError, SourceError, needing_packages
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.last_logits import KEPT, cut_logits
 from scalefold.compiler.runtime import Array, Message, Session, faults_become
@@ -340,7 +340,8 @@ def chooser(sampling: Sampling) -> Choose:
     _check(sampling)
     if sampling.temperature == 0 and not sampling.processors:
         return lambda seen, logits: np.asarray(logits.argmax(axis=1))
-    torch, transformers = _require("torch"), _require("transformers")
+    with needing_packages("sampling", "pip install 'scalefold[hf]', or take the likeliest token with --temperature 0"):
+        torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     processors = transformers.LogitsProcessorList(sampling.processors)
     if sampling.temperature not in (0, 1):
         processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
@@ -382,17 +383,6 @@ def _check(sampling: Sampling) -> None:
     for wrong, where, what, remedy in faults:
         if wrong:
             raise SourceError(what, where=where, remedy=remedy)
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise SourceError(
-            f"sampling needs the package {error.name or name}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[hf]', or take the likeliest token with --temperature 0",
-        ) from error
 
 
 def _end_tokens(folder: Path) -> frozenset[int]:

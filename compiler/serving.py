@@ -23,7 +23,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from scalefold.compiler.artifact import DATA, MODEL, write_json
-from scalefold.compiler.errors import OutputError, SourceError
+from scalefold.compiler.errors import OutputError, SourceError, needing_packages
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.runtime import Array, Feed, session_options
 from scalefold.compiler.tunable_weights import tunable_weights
@@ -275,11 +275,5 @@ def _bytes(model: ir.Model) -> bytes:
 
 
 def _safetensors() -> Any:
-    try:
+    with needing_packages("reading and writing adapters", "pip install safetensors, or 'scalefold[hf]'"):
         return importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise SourceError(
-            "adapters need the package safetensors",
-            where="the Python installation",
-            remedy="pip install safetensors, or 'scalefold[hf]'",
-        ) from error

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from scalefold.compiler.calibrate import default_texts
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import SourceError, needing_packages
 from scalefold.compiler.machine import cache_folder
 from scalefold.models.wheels import files_of
 
@@ -119,14 +119,8 @@ def convert(path: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> GGUFReader:
-    try:
+    with needing_packages("reading a GGUF file", "pip install 'scalefold[hf]'"):
         gguf = importlib.import_module("gguf")
-    except ImportError as error:
-        raise SourceError(
-            f"reading a GGUF file needs the package {error.name or 'gguf'}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[hf]'",
-        ) from error
     try:
         reader: GGUFReader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph
 from scalefold.compiler.blocks import Group, leads_on
 from scalefold.compiler.calibrate import padding_mask
-from scalefold.compiler.errors import SourceError
+from scalefold.compiler.errors import needing_packages
 from scalefold.compiler.facts import Fact
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult, refusals
 from scalefold.compiler.sites import Kind, Producer, Site, find_producer, find_sites, fold, group_sites, obstacle
@@ -228,14 +228,8 @@ def _scale_learner(
     options: LearnScales, model: ir.Model, ctx: Context, groups: Sequence[Group], left: Collection[str]
 ) -> ScaleLearner:
     """Opened here, for it needs torch, which is optional."""
-    try:
+    with needing_packages("learning scales", "pip install 'scalefold[hf]', or leave learning out of the recipe"):
         from scalefold.compiler.scale_learning import Bits, ScaleLearner
-    except ImportError as error:
-        raise SourceError(
-            f"learning scales needs the package {error.name or 'torch'}",
-            where="the Python installation",
-            remedy="pip install 'scalefold[hf]', or leave learning out of the recipe",
-        ) from error
     folder = Path(options.checkpoint) if options.checkpoint else None
     key = repr(replace(options, checkpoint=""))
     bits = Bits(options.weight_bits, options.activation_bits)

@@ -95,6 +95,6 @@ def test_a_png_file_without_its_package_or_a_font_is_refused(monkeypatch: pytest
             chart.png()
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(
-        SourceError, match=r"PNG plots: they need the package resvg_py; pip install 'scalefold\[plots\]'"
+        SourceError, match=r"drawing PNG files needs the package resvg_py; pip install 'scalefold\[plots\]'"
     ):
         chart.png()
