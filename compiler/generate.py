@@ -129,19 +129,12 @@ class CachedSession(Session):
         self._cuts_logits = opened.cuts_logits
         self.decoder = decoder_of(self, str(model))
         self._prefix = None if opened.prefix is None else Session(opened.prefix, threads=1)
-        self._prefix_length = (
-            0 if self._prefix is None else next(iter(self._first(self._prefix, 1).values())).shape()[2]
-        )
+        self._prefix_length = next(iter(self._first(1).values())).shape()[2]
 
     def hold(self, arrays: Mapping[str, Array]) -> Cache:
         """Arrays, such as those of a cache, as onnxruntime's own values."""
         own = onnxruntime.OrtValue.ortvalue_from_numpy
         return {name: own(np.ascontiguousarray(array)) for name, array in arrays.items()}
-
-    def _first(self, prefix: Session, batch: int) -> Cache:
-        """The cache that nothing but the prefix is in."""
-        ids = np.zeros((batch, 1), dtype=self.decoder.tokens["input_ids"].dtype)
-        return self.hold(prefix.run({"input_ids": ids}))
 
     def step(self, ids: Array, mask: Array | None, cache: Cache, *, last: bool = False) -> tuple[Array, Cache]:
         """Run tokens behind a cache.
@@ -160,10 +153,10 @@ class CachedSession(Session):
             SourceError: the cache or the mask has a wrong shape, or the tokens are none of the model's.
         """
         length = self.decoder.check_cache({name: tuple(value.shape()) for name, value in cache.items()}, len(ids))
-        if self._prefix is not None and length == 0:
-            cache = self._first(self._prefix, len(ids))
-        elif length:
+        if length:
             length -= self._prefix_length
+        else:
+            cache = self._first(len(ids))
         feed = {**self.hold(self.decoder.token_feed(ids, mask, length)), **cache}
         if last and self._cuts_logits and ids.shape[1] > 1:
             feed |= self.hold({KEPT: np.array([1], dtype=np.int64)})
@@ -171,6 +164,13 @@ class CachedSession(Session):
             logits, *grown = self._session.run_with_ort_values([LOGITS, *self.decoder.outputs.values()], feed)
         found = logits.numpy()
         return found[:, -1:] if last else found, dict(zip(self.decoder.outputs, grown, strict=True))
+
+    def _first(self, batch: int) -> Cache:
+        """The cache that a sequence begins with: empty, or the prefix."""
+        if self._prefix is None:
+            return self.hold(self.decoder.empty_cache(batch))
+        ids = np.zeros((batch, 1), dtype=self.decoder.tokens["input_ids"].dtype)
+        return self.hold(self._prefix.run({"input_ids": ids}))
 
 
 def _output_layer_input(folder: Path) -> str | None:
