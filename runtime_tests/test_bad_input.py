@@ -229,7 +229,10 @@ CASES: dict[str, tuple[Prepare, tuple[str, ...]]] = {
         ),
     ),
     "a recipe that is not YAML": (not_yaml, ("bad.yaml: 1 fault in the recipe: not YAML",)),
-    "no such recipe": (no_such_recipe, ("w7a7: 1 fault", "no recipe of this name", "w6a6, w8a8-decode, w8a8-naive, w8a8")),
+    "no such recipe": (
+        no_such_recipe,
+        ("w7a7: 1 fault", "no recipe of this name", "w6a6, w8a8-decode, w8a8-naive, w8a8"),
+    ),
     "a recipe with an unknown pipeline": (unknown_pipeline, ("pipeline: 'no.such.module:pipeline' cannot be used",)),
     "exclude matches nothing": (
         with_option("--exclude", "decoder"),
