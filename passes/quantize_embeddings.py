@@ -71,6 +71,8 @@ class QuantizeEmbeddings:
             return "not a look-up of rows"
         if any(node.op_type != "Gather" for node in graph.consumers(table)):
             return "the table is read by other operators too"
+        if graph.whole_shape(table)[1] == 1:
+            return "its rows are single numbers, such as the scales of a table that is stored already"
         if table.const_value is not None and table.const_value.size < self.smallest:
             return f"the table has fewer than {self.smallest} entries"
         return None

@@ -88,6 +88,12 @@ def test_an_index_that_is_a_constant_works_too() -> None:
             id="a vector",
         ),
         pytest.param(
+            HEAD.replace("float[4, 2] table", "float[8, 1] table").replace("float[b, s, 2] y", "float[b, s, 1] y")
+            + "{ y = Gather(table, ids) }",
+            "its rows are single numbers, such as the scales of a table that is stored already",
+            id="a column",
+        ),
+        pytest.param(
             HEAD + "{ e = Gather(table, ids)  k = ReduceSum(table)  y = Add(e, k) }",
             "the table is read by other operators too",
             id="a tied table",
