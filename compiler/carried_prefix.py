@@ -99,10 +99,8 @@ def _prefix(model: onnx.ModelProto, caches: list[_Cache]) -> onnx.ModelProto:
             nodes.append(node)
             needed.update(node.input)
     ports = {value.name: value for value in model.graph.input}
-    outputs = []
-    for cache in caches:
-        nodes.insert(0, onnx.helper.make_node("Identity", [cache.prefix], [cache.past]))
-        outputs.append(ports[cache.past])
+    named = [onnx.helper.make_node("Identity", [cache.prefix], [cache.past]) for cache in caches]
+    outputs = [ports[cache.past] for cache in caches]
     constants = [constant for constant in model.graph.initializer if constant.name in needed]
-    graph = onnx.helper.make_graph(nodes[::-1], "prefix", [ports["input_ids"]], outputs, constants)
+    graph = onnx.helper.make_graph([*reversed(nodes), *named], "prefix", [ports["input_ids"]], outputs, constants)
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -195,7 +195,7 @@ class _Opened:
 
 
 def _for_generation(path: Path) -> _Opened:
-    """A compiled model that is the faster one where the caller is `CachedSession`; any other file as it is."""
+    """A compiled model with what spares `CachedSession` work; any other file as it is."""
     if not (path.parent / RECORD).is_file():
         return _Opened(path)
     model, folder, reads = onnx.load(str(path), load_external_data=False), path.parent, _output_layer_input(path.parent)
