@@ -210,6 +210,14 @@ class Cache(_Section):
     bits: Literal[8] = Field(8, description="bits per number; the cache that goes in and out is uint8")
 
 
+class AttentionForm(_Section):
+    """Attention of a decoder with grouped queries (Llama) in a form that adds up in one order however tokens are fed."""
+
+    invariant: Literal[True] = Field(
+        True, description="the same bits at once, one by one, padded and in a batch; prompts and steps take longer"
+    )
+
+
 class Migration(_Section):
     """Outlier Suppression+ where channels of linear layers' inputs can be shifted and scaled without a trace."""
 
@@ -327,6 +335,7 @@ class Recipe(_Section):
     activations: Activations | None = Activations()
     embeddings: Embeddings | None = None
     cache: Cache | None = None
+    attention: AttentionForm | None = None
     prefix: Prefix | None = None
     migration: Migration | None = None
     learning: Learning | None = None

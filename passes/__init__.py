@@ -31,6 +31,7 @@ from scalefold.passes.recover_rms_norm import RecoverRmsNorm
 from scalefold.passes.recover_rotary import RecoverRotary
 from scalefold.passes.share_weights import ShareWeights
 from scalefold.passes.shield_layer_norm import ShieldLayerNorm
+from scalefold.passes.split_attention import SplitAttention
 from scalefold.passes.tie_embeddings import TieEmbeddings
 from scalefold.passes.unflatten_tokens import UnflattenTokens
 from scalefold.passes.unmerge_heads import UnmergeHeads
@@ -158,5 +159,7 @@ def _lower(recipe: Recipe) -> tuple[Pass, ...]:
     passes = LOWER[recipe.target]
     if recipe.activations is None:
         passes = tuple(entry for entry in passes if Fact.QDQ not in entry.requires)
+    if recipe.attention is not None:
+        passes = (*passes, SplitAttention())
         passes += (LowerBlockMatmul(),) if recipe.target == "onnxruntime-cpu" else ()
     return (*passes, PackWeights()) if recipe.weights.packed else passes

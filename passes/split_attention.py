@@ -1,0 +1,156 @@
+"""Attention of grouped queries whose result does not depend on how tokens are fed: at once, one by one, padded, in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from scalefold.compiler import graph
+from scalefold.compiler.facts import Fact
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+
+COLUMNS = 16
+"""Columns of ones behind the probabilities. One column would be a product of a vector, which adds in another order."""
+
+
+@dataclass(frozen=True)
+class SplitAttention:
+    """Write Attention with a cache as products whose every row is added up in the same order, whatever stands beside it.
+
+    before:  y, keys, values = Attention(q, k, v, mask, past, past'; q_num_heads = H, kv_num_heads = G)
+    after:   keys = Concat(past, heads(k)),   values = Concat(past', heads(v))
+             e = Exp(s - ReduceMax(s)),       s = groups(q) * c @ keys^T + mask
+             y = join((e @ values) / (e @ 1))
+
+    q [B, S, H*D] is multiplied as groups(q) [B, G, S*H/G, D], so that not even one token makes a product of one row: that
+    has a kernel of its own in onnxruntime, and it adds in another order. The sum under the softmax is a product as well:
+    Softmax adds in lanes that move with the number of keys. A masked key adds an exact zero. So a model whose linear
+    layers are integer and whose ranges are static gives the same bits with and without a cache; padded on the left
+    as long as past and new tokens are at most 256 (products of more are added in blocks, which padding moves).
+    Needs a mask that leaves each query a key, as a causal one does. Figures: docs/decisions/0019.
+    """
+
+    name: ClassVar[str] = "split-attention"
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.REASSOCIATED
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Split every Attention with a cache and grouped queries; decline the others with a reason."""
+        rewrites, declined = [], []
+        parts = _Parts(model)
+        for attention in graph.nodes(model, "Attention"):
+            if obstacle := _obstacle(attention):
+                declined.append(Event(attention, obstacle))
+                continue
+            heads, groups = _heads(attention)
+            rewrites.append(Event(_split(attention, parts), f"{heads} heads over {groups}"))
+        return PassResult(tuple(rewrites), tuple(declined))
+
+
+def _heads(attention: ir.Node) -> tuple[int, int]:
+    """(H, G) of Attention on three dimensions, (0, 0) on four."""
+    heads, groups = graph.attribute(attention, "q_num_heads", 0), graph.attribute(attention, "kv_num_heads", 0)
+    assert isinstance(heads, int) and isinstance(groups, int)
+    return heads, groups
+
+
+def _obstacle(attention: ir.Node) -> str | None:
+    """Why this one is left as it is, or None."""
+    inputs, outputs = list(attention.inputs), list(attention.outputs)
+    heads, groups = _heads(attention)
+    if len(inputs) != 6 or None in inputs or len(outputs) < 3:
+        return "it has no mask or no cache of floats"
+    if not groups or heads == groups:
+        return "each head of queries has its own keys: one token would be a product of one row"
+    if set(attention.attributes) - {"q_num_heads", "kv_num_heads", "scale"}:
+        return "it has attributes besides heads and scale"
+    return "the width of its heads is not known" if _width(attention) is None else None
+
+
+def _width(attention: ir.Node) -> int | None:
+    """D, from the past keys [B, G, P, D] or from what they are joined of."""
+    past = attention.inputs[4]
+    joined = graph.producer(past, "Concat")
+    for value in (past, *(() if joined is None else joined.inputs)):
+        width = value.shape[3] if value is not None and value.shape is not None and len(value.shape) == 4 else None
+        if isinstance(width, int):
+            return width
+    return None
+
+
+@dataclass
+class _Parts:
+    """Nodes in the order they are made, and constants that all layers share."""
+
+    model: ir.Model
+    constants: dict[str, ir.Value] = field(default_factory=dict)
+    new: list[ir.Node] = field(default_factory=list)
+    prefix: str = ""
+
+    def whole(self, *numbers: int) -> ir.Value:
+        """An initializer int64[n]."""
+        return self.constant("_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, dtype=np.int64))
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        """An initializer, made once under its name."""
+        if name not in self.constants:
+            unique = graph.unique_name(self.model, f"split_attention.{name}")
+            self.constants[name] = graph.add_initializer(self.model, unique, array)
+        return self.constants[name]
+
+    def make(
+        self, op_type: str, inputs: Sequence[ir.Value | None], /, **attributes: int | float | Sequence[int]
+    ) -> ir.Value:
+        """The output of a new node."""
+        node = ir.node(op_type, inputs, attributes, name=f"{self.prefix}.split_{len(self.new)}")
+        self.new.append(node)
+        return node.outputs[0]
+
+
+def _split(attention: ir.Node, parts: _Parts) -> ir.Node:
+    query, key, value, mask, past_keys, past_values = attention.inputs
+    heads, groups = _heads(attention)
+    shared, size = heads // groups, _width(attention)
+    assert size is not None
+    scale = graph.attribute(attention, "scale", size**-0.5)
+    factor = parts.constant(f"scale_{scale}", np.array(scale, dtype=np.float32))
+    parts.new, parts.prefix = [], attention.name or "attention"
+    make, whole = parts.make, parts.whole
+
+    def split(x: ir.Value | None) -> ir.Value:
+        return make("Transpose", [make("Reshape", [x, whole(0, 0, groups, size)])], perm=[0, 2, 1, 3])
+
+    keys = make("Concat", [past_keys, split(key)], axis=2)
+    values = make("Concat", [past_values, split(value)], axis=2)
+    lengths = make("Shape", [mask], start=2)
+    new, seen = make("Gather", [lengths, whole(0)]), make("Gather", [lengths, whole(1)])
+
+    grouped = make("Transpose", [make("Reshape", [query, whole(0, 0, groups, shared, size)])], perm=[0, 2, 1, 3, 4])
+    rows = make("Mul", [make("Reshape", [grouped, whole(0, 0, -1, size)]), factor])
+    scores = make("MatMul", [rows, make("Transpose", [keys], perm=[0, 1, 3, 2])])
+    by_token = make("Concat", [whole(0, groups), new, whole(shared), seen], axis=0)
+    by_row = make("Concat", [whole(0, groups, -1), seen], axis=0)
+    masked = make("Add", [make("Reshape", [scores, by_token]), make("Unsqueeze", [mask, whole(3)])])
+    scores = make("Reshape", [masked, by_row])
+
+    largest = make("ReduceMax", [scores, whole(-1)], keepdims=1)
+    weights = make("Exp", [make("Sub", [scores, largest])])
+    one = parts.constant("ones", np.ones((1, COLUMNS), dtype=np.float32))
+    ones = make("Expand", [one, make("Concat", [seen, whole(COLUMNS)], axis=0)])
+    total = make("Slice", [make("MatMul", [weights, ones]), whole(0), whole(1), whole(3)])
+    mean = make("Div", [make("MatMul", [weights, values]), total])
+
+    back = make("Transpose", [make("Reshape", [mean, whole(0, groups, -1, shared, size)])], perm=[0, 2, 1, 3, 4])
+    result = make("Reshape", [back, whole(0, 0, heads * size)])
+    graph.insert_before(attention, parts.new)
+    for old, made in zip(attention.outputs[:3], (result, keys, values), strict=True):
+        graph.stand_in(old, made)
+    assert attention.graph is not None
+    attention.graph.remove(attention, safe=True)
+    return attention
