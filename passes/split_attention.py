@@ -1,4 +1,4 @@
-"""Attention of grouped queries whose result does not depend on how tokens are fed: at once, one by one, padded, in a batch."""
+"""Attention of grouped queries that adds up in one order: at once, one by one, padded, in a batch."""
 
 from __future__ import annotations
 

@@ -17,10 +17,11 @@ from scalefold.passes.split_attention import SplitAttention
 HEADS, GROUPS, WIDTH = 6, 2, 8
 LOWEST = float(np.finfo(np.float32).min)
 TEXT = f"""<ir_version: 10, opset_import: ["" : 23]>
-model (float[b, s, {HEADS * WIDTH}] q, float[b, s, {GROUPS * WIDTH}] k, float[b, s, {GROUPS * WIDTH}] v, float[b, 1, s, t] mask,
- float[b, {GROUPS}, p, {WIDTH}] past_keys, float[b, {GROUPS}, p, {WIDTH}] past_values)
+model (float[b, s, {HEADS * WIDTH}] q, float[b, s, {GROUPS * WIDTH}] k, float[b, s, {GROUPS * WIDTH}] v,
+ float[b, 1, s, t] mask, float[b, {GROUPS}, p, {WIDTH}] past_keys, float[b, {GROUPS}, p, {WIDTH}] past_values)
  => (float[b, s, {HEADS * WIDTH}] y, float[b, {GROUPS}, t, {WIDTH}] keys, float[b, {GROUPS}, t, {WIDTH}] values)
-{{ y, keys, values = Attention<q_num_heads = {HEADS}, kv_num_heads = {GROUPS}OPTIONS>(q, k, v, mask, past_keys, past_values) }}
+{{ y, keys, values =
+ Attention<q_num_heads = {HEADS}, kv_num_heads = {GROUPS}OPTIONS>(q, k, v, mask, past_keys, past_values) }}
 """
 
 
