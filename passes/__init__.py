@@ -159,7 +159,7 @@ def _lower(recipe: Recipe) -> tuple[Pass, ...]:
     passes = LOWER[recipe.target]
     if recipe.activations is None:
         passes = tuple(entry for entry in passes if Fact.QDQ not in entry.requires)
+        passes += (LowerBlockMatmul(),) if recipe.target == "onnxruntime-cpu" else ()
     if recipe.attention is not None:
         passes = (*passes, SplitAttention())
-        passes += (LowerBlockMatmul(),) if recipe.target == "onnxruntime-cpu" else ()
     return (*passes, PackWeights()) if recipe.weights.packed else passes
