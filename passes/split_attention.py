@@ -43,13 +43,14 @@ class SplitAttention:
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Split every Attention with a cache and grouped queries; decline the others with a reason."""
         rewrites, declined = [], []
-        parts = _Parts(model)
+        shared = _Shared(model)
         for attention in graph.nodes(model, "Attention"):
             if obstacle := _obstacle(attention):
                 declined.append(Event(attention, obstacle))
                 continue
             heads, groups = _heads(attention)
-            rewrites.append(Event(_split(attention, parts), f"{heads} heads over {groups}"))
+            _split(attention, shared)
+            rewrites.append(Event(attention, f"{heads} heads over {groups}"))
         return PassResult(tuple(rewrites), tuple(declined))
 
 
@@ -62,9 +63,8 @@ def _heads(attention: ir.Node) -> tuple[int, int]:
 
 def _obstacle(attention: ir.Node) -> str | None:
     """Why this one is left as it is, or None."""
-    inputs, outputs = list(attention.inputs), list(attention.outputs)
     heads, groups = _heads(attention)
-    if len(inputs) != 6 or None in inputs or len(outputs) < 3:
+    if len(attention.inputs) != 6 or None in attention.inputs or len(attention.outputs) < 3:
         return "it has no mask or no cache of floats"
     if not groups or heads == groups:
         return "each head of queries has its own keys: one token would be a product of one row"
@@ -84,14 +84,30 @@ def _width(attention: ir.Node) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Masked:
+    """What follows from a mask [B, 1, S, T] alone, for G groups of R queries that share keys.
+
+    Attributes:
+        mask: [B, 1, S, 1, T].
+        by_token: the sizes [0, G, S, R, T] of a Reshape.
+        by_row: the sizes [0, G, -1, T] of a Reshape.
+        ones: [T, COLUMNS].
+    """
+
+    mask: ir.Value
+    by_token: ir.Value
+    by_row: ir.Value
+    ones: ir.Value
+
+
 @dataclass
-class _Parts:
-    """Nodes in the order they are made, and constants that all layers share."""
+class _Shared:
+    """Constants, and what follows from a mask: made once, for all layers."""
 
     model: ir.Model
     constants: dict[str, ir.Value] = field(default_factory=dict)
-    new: list[ir.Node] = field(default_factory=list)
-    prefix: str = ""
+    masked: dict[tuple[ir.Value, int, int], _Masked] = field(default_factory=dict)
 
     def whole(self, *numbers: int) -> ir.Value:
         """An initializer int64[n]."""
@@ -100,57 +116,73 @@ class _Parts:
     def constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         """An initializer, made once under its name."""
         if name not in self.constants:
-            unique = graph.unique_name(self.model, f"split_attention.{name}")
-            self.constants[name] = graph.add_initializer(self.model, unique, array)
+            self.constants[name] = graph.add_initializer(self.model, f"split_attention.{name}", array)
         return self.constants[name]
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """New nodes of one layer, in order."""
+
+    prefix: str
+    made: list[ir.Node] = field(default_factory=list)
 
     def make(
         self, op_type: str, inputs: Sequence[ir.Value | None], /, **attributes: int | float | Sequence[int]
     ) -> ir.Value:
         """The output of a new node."""
-        node = ir.node(op_type, inputs, attributes, name=f"{self.prefix}.split_{len(self.new)}")
-        self.new.append(node)
-        return node.outputs[0]
+        self.made.append(ir.node(op_type, inputs, attributes, name=f"{self.prefix}.split_{len(self.made)}"))
+        return self.made[-1].outputs[0]
 
 
-def _split(attention: ir.Node, parts: _Parts) -> ir.Node:
+def _masked(mask: ir.Value, groups: int, queries: int, shared: _Shared, nodes: _Nodes) -> _Masked:
+    """What follows from a mask; made by the first layer that has it, in front of all others."""
+    key = (mask, groups, queries)
+    if key not in shared.masked:
+        make, whole = nodes.make, shared.whole
+        lengths = make("Shape", [mask], start=2)
+        new, seen = make("Gather", [lengths, whole(0)]), make("Gather", [lengths, whole(1)])
+        one = shared.constant("ones", np.ones((1, COLUMNS), dtype=np.float32))
+        shared.masked[key] = _Masked(
+            mask=make("Unsqueeze", [mask, whole(3)]),
+            by_token=make("Concat", [whole(0, groups), new, whole(queries), seen], axis=0),
+            by_row=make("Concat", [whole(0, groups, -1), seen], axis=0),
+            ones=make("Expand", [one, make("Concat", [seen, whole(COLUMNS)], axis=0)]),
+        )
+    return shared.masked[key]
+
+
+def _split(attention: ir.Node, shared: _Shared) -> None:
     query, key, value, mask, past_keys, past_values = attention.inputs
     heads, groups = _heads(attention)
-    shared, size = heads // groups, _width(attention)
-    assert size is not None
+    queries, size = heads // groups, _width(attention)
+    assert mask is not None and size is not None and attention.graph is not None
     scale = graph.attribute(attention, "scale", size**-0.5)
-    factor = parts.constant(f"scale_{scale}", np.array(scale, dtype=np.float32))
-    parts.new, parts.prefix = [], attention.name or "attention"
-    make, whole = parts.make, parts.whole
+    factor = shared.constant(f"scale_{scale}", np.array(scale, dtype=np.float32))
+    nodes = _Nodes(attention.name or "attention")
+    make, whole = nodes.make, shared.whole
+    sizes = _masked(mask, groups, queries, shared, nodes)
 
     def split(x: ir.Value | None) -> ir.Value:
         return make("Transpose", [make("Reshape", [x, whole(0, 0, groups, size)])], perm=[0, 2, 1, 3])
 
     keys = make("Concat", [past_keys, split(key)], axis=2)
     values = make("Concat", [past_values, split(value)], axis=2)
-    lengths = make("Shape", [mask], start=2)
-    new, seen = make("Gather", [lengths, whole(0)]), make("Gather", [lengths, whole(1)])
 
-    grouped = make("Transpose", [make("Reshape", [query, whole(0, 0, groups, shared, size)])], perm=[0, 2, 1, 3, 4])
+    grouped = make("Transpose", [make("Reshape", [query, whole(0, 0, groups, queries, size)])], perm=[0, 2, 1, 3, 4])
     rows = make("Mul", [make("Reshape", [grouped, whole(0, 0, -1, size)]), factor])
     scores = make("MatMul", [rows, make("Transpose", [keys], perm=[0, 1, 3, 2])])
-    by_token = make("Concat", [whole(0, groups), new, whole(shared), seen], axis=0)
-    by_row = make("Concat", [whole(0, groups, -1), seen], axis=0)
-    masked = make("Add", [make("Reshape", [scores, by_token]), make("Unsqueeze", [mask, whole(3)])])
-    scores = make("Reshape", [masked, by_row])
+    masked = make("Add", [make("Reshape", [scores, sizes.by_token]), sizes.mask])
+    scores = make("Reshape", [masked, sizes.by_row])
 
     largest = make("ReduceMax", [scores, whole(-1)], keepdims=1)
     weights = make("Exp", [make("Sub", [scores, largest])])
-    one = parts.constant("ones", np.ones((1, COLUMNS), dtype=np.float32))
-    ones = make("Expand", [one, make("Concat", [seen, whole(COLUMNS)], axis=0)])
-    total = make("Slice", [make("MatMul", [weights, ones]), whole(0), whole(1), whole(3)])
+    total = make("Slice", [make("MatMul", [weights, sizes.ones]), whole(0), whole(1), whole(3)])
     mean = make("Div", [make("MatMul", [weights, values]), total])
 
-    back = make("Transpose", [make("Reshape", [mean, whole(0, groups, -1, shared, size)])], perm=[0, 2, 1, 3, 4])
+    back = make("Transpose", [make("Reshape", [mean, whole(0, groups, -1, queries, size)])], perm=[0, 2, 1, 3, 4])
     result = make("Reshape", [back, whole(0, 0, heads * size)])
-    graph.insert_before(attention, parts.new)
+    graph.insert_before(attention, nodes.made)
     for old, made in zip(attention.outputs[:3], (result, keys, values), strict=True):
         graph.stand_in(old, made)
-    assert attention.graph is not None
     attention.graph.remove(attention, safe=True)
-    return attention
