@@ -1,4 +1,4 @@
-"""Attention of grouped queries that adds up in one order: at once, one by one, padded, in a batch."""
+"""Attention that adds up in one order: at once, one by one, padded, in a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class SplitAttention:
              y = join((e @ values) / (e @ 1))
 
     q [B, S, H*D] is multiplied as groups(q) [B, G, S*H/G, D], so that not even one token makes a product of one row: that
-    has a kernel of its own in onnxruntime, and it adds in another order. The sum under the softmax is a product as well:
+    has a kernel of its own in onnxruntime, and it adds in another order. Where H = G the first token's row stands there
+    once more, [B, G, 1 + S, D], and is dropped from the result. The sum under the softmax is a product as well:
     Softmax adds in lanes that move with the number of keys. A masked key adds an exact zero. So a model whose linear
     layers are integer and whose ranges are static gives the same bits with and without a cache; padded on the left
     as long as past and new tokens are at most 256 (products of more are added in blocks, which padding moves).
@@ -41,7 +42,7 @@ class SplitAttention:
     contract: ClassVar[Contract] = Contract.REASSOCIATED
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Split every Attention with a cache and grouped queries; decline the others with a reason."""
+        """Split every Attention with a mask and a cache of floats; decline the others with a reason."""
         rewrites, declined = [], []
         shared = _Shared(model)
         for attention in graph.nodes(model, "Attention"):
@@ -66,10 +67,13 @@ def _obstacle(attention: ir.Node) -> str | None:
     heads, groups = _heads(attention)
     if len(attention.inputs) != 6 or None in attention.inputs or len(attention.outputs) < 3:
         return "it has no mask or no cache of floats"
-    if not groups or heads == groups:
-        return "each head of queries has its own keys: one token would be a product of one row"
+    if not groups:
+        return "its queries, keys and values have four dimensions"
     if set(attention.attributes) - {"q_num_heads", "kv_num_heads", "scale"}:
         return "it has attributes besides heads and scale"
+    mask = attention.inputs[3].shape if attention.inputs[3] is not None else None
+    if mask is not None and (len(mask) != 4 or mask[2] == 1 or (heads > groups and mask[1] != 1)):
+        return f"its mask is {mask}, not one row a query for all heads that share keys"
     return "the width of its heads is not known" if _width(attention) is None else None
 
 
@@ -86,11 +90,11 @@ def _width(attention: ir.Node) -> int | None:
 
 @dataclass(frozen=True)
 class _Masked:
-    """What follows from a mask [B, 1, S, T] alone, for G groups of R queries that share keys.
+    """What follows from a mask [B, 1, S, T] alone, for G groups of R queries that share keys. S' is S, or 1 + S where R = 1.
 
     Attributes:
-        mask: [B, 1, S, 1, T].
-        by_token: the sizes [0, G, S, R, T] of a Reshape.
+        mask: [B, 1, S', 1, T].
+        by_token: the sizes [0, G, S', R, T] of a Reshape.
         by_row: the sizes [0, G, -1, T] of a Reshape.
         ones: [T, COLUMNS].
     """
@@ -140,6 +144,8 @@ def _masked(mask: ir.Value, groups: int, queries: int, shared: _Shared, nodes: _
     key = (mask, groups, queries)
     if key not in shared.masked:
         make, whole = nodes.make, shared.whole
+        if queries == 1:
+            mask = _first_twice(mask, shared, nodes)
         lengths = make("Shape", [mask], start=2)
         new, seen = make("Gather", [lengths, whole(0)]), make("Gather", [lengths, whole(1)])
         one = shared.constant("ones", np.ones((1, COLUMNS), dtype=np.float32))
@@ -150,6 +156,12 @@ def _masked(mask: ir.Value, groups: int, queries: int, shared: _Shared, nodes: _
             ones=make("Expand", [one, make("Concat", [seen, whole(COLUMNS)], axis=0)]),
         )
     return shared.masked[key]
+
+
+def _first_twice(x: ir.Value, shared: _Shared, nodes: _Nodes) -> ir.Value:
+    """[B, G, 1 + S, X] of [B, G, S, X]: its first row stands there twice."""
+    first = nodes.make("Slice", [x, shared.whole(0), shared.whole(1), shared.whole(2)])
+    return nodes.make("Concat", [first, x], axis=2)
 
 
 def _split(attention: ir.Node, shared: _Shared) -> None:
@@ -171,6 +183,8 @@ def _split(attention: ir.Node, shared: _Shared) -> None:
 
     grouped = make("Transpose", [make("Reshape", [query, whole(0, 0, groups, queries, size)])], perm=[0, 2, 1, 3, 4])
     rows = make("Mul", [make("Reshape", [grouped, whole(0, 0, -1, size)]), factor])
+    if queries == 1:
+        rows = _first_twice(rows, shared, nodes)
     scores = make("MatMul", [rows, make("Transpose", [keys], perm=[0, 1, 3, 2])])
     masked = make("Add", [make("Reshape", [scores, sizes.by_token]), sizes.mask])
     scores = make("Reshape", [masked, sizes.by_row])
@@ -180,6 +194,8 @@ def _split(attention: ir.Node, shared: _Shared) -> None:
     total = make("Slice", [make("MatMul", [weights, sizes.ones]), whole(0), whole(1), whole(3)])
     mean = make("Div", [make("MatMul", [weights, values]), total])
 
+    if queries == 1:
+        mean = make("Slice", [mean, whole(1), whole(np.iinfo(np.int64).max), whole(2)])
     back = make("Transpose", [make("Reshape", [mean, whole(0, groups, -1, queries, size)])], perm=[0, 2, 1, 3, 4])
     result = make("Reshape", [back, whole(0, 0, heads * size)])
     graph.insert_before(attention, nodes.made)

@@ -14,28 +14,34 @@ from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.testing import parse
 from scalefold.passes.split_attention import SplitAttention
 
-HEADS, GROUPS, WIDTH = 6, 2, 8
+HEADS, WIDTH = 6, 8
+GROUPS = [2, HEADS]
 LOWEST = float(np.finfo(np.float32).min)
-TEXT = f"""<ir_version: 10, opset_import: ["" : 23]>
-model (float[b, s, {HEADS * WIDTH}] q, float[b, s, {GROUPS * WIDTH}] k, float[b, s, {GROUPS * WIDTH}] v,
- float[b, 1, s, t] mask, float[b, {GROUPS}, p, {WIDTH}] past_keys, float[b, {GROUPS}, p, {WIDTH}] past_values)
- => (float[b, s, {HEADS * WIDTH}] y, float[b, {GROUPS}, t, {WIDTH}] keys, float[b, {GROUPS}, t, {WIDTH}] values)
+
+
+def written(groups: int, options: str = "") -> str:
+    """Attention with a mask and a cache."""
+    keys = f"float[b, {groups}, p, {WIDTH}]", f"float[b, {groups}, t, {WIDTH}]"
+    return f"""<ir_version: 10, opset_import: ["" : 23]>
+model (float[b, s, {HEADS * WIDTH}] q, float[b, s, {groups * WIDTH}] k, float[b, s, {groups * WIDTH}] v,
+ float[b, 1, s, t] mask, {keys[0]} past_keys, {keys[0]} past_values)
+ => (float[b, s, {HEADS * WIDTH}] y, {keys[1]} keys, {keys[1]} values)
 {{ y, keys, values =
- Attention<q_num_heads = {HEADS}, kv_num_heads = {GROUPS}OPTIONS>(q, k, v, mask, past_keys, past_values) }}
+ Attention<q_num_heads = {HEADS}, kv_num_heads = {groups}{options}>(q, k, v, mask, past_keys, past_values) }}
 """
 
 
-def tokens(count: int, batch: int = 2) -> Feed:
+def tokens(count: int, groups: int, batch: int = 2) -> Feed:
     """Queries, keys and values of some tokens."""
     rng = np.random.default_rng(count)
-    widths = {"q": HEADS, "k": GROUPS, "v": GROUPS}
+    widths = {"q": HEADS, "k": groups, "v": groups}
     return {name: rng.normal(size=(batch, count, n * WIDTH)).astype(np.float32) for name, n in widths.items()}
 
 
 def run(session: Session, feed: Feed, parts: list[int], padding: int = 0) -> Array:
     """What comes out when the tokens are fed in parts, the first `padding` of them masked."""
-    batch = len(feed["q"])
-    cache: Feed = {name: np.zeros((batch, GROUPS, 0, WIDTH), dtype=np.float32) for name in ("past_keys", "past_values")}
+    batch, groups = len(feed["q"]), feed["k"].shape[2] // WIDTH
+    cache: Feed = {name: np.zeros((batch, groups, 0, WIDTH), dtype=np.float32) for name in ("past_keys", "past_values")}
     outputs, start = [], 0
     for part in parts:
         stop = start + part
@@ -50,25 +56,27 @@ def run(session: Session, feed: Feed, parts: list[int], padding: int = 0) -> Arr
     return np.concatenate(outputs, axis=1)
 
 
-def split(options: str = "") -> tuple[ir.Model, Session]:
-    model = parse(TEXT.replace("OPTIONS", options))
+def split(groups: int, options: str = "") -> tuple[ir.Model, Session]:
+    model = parse(written(groups, options))
     result = SplitAttention().run(model, Context())
-    assert [event.reason for event in result.rewrites] == ["6 heads over 2"] and not result.declined
+    assert [event.reason for event in result.rewrites] == [f"6 heads over {groups}"] and not result.declined
     assert not graph.nodes(model, "Attention", "Softmax")
     assert not SplitAttention().run(model, Context()).changed
     return model, Session(model)
 
 
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("options", ["", ", scale = 0.2"])
-def test_it_is_the_same_attention(options: str) -> None:
-    feed, (_, session) = tokens(40), split(options)
-    wanted = run(Session(parse(TEXT.replace("OPTIONS", options))), feed, [30, 9, 1])
+def test_it_is_the_same_attention(groups: int, options: str) -> None:
+    feed, (_, session) = tokens(40, groups), split(groups, options)
+    wanted = run(Session(parse(written(groups, options))), feed, [30, 9, 1])
     np.testing.assert_allclose(run(session, feed, [30, 9, 1]), wanted, atol=2e-6)
 
 
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("count", [70, 253])
-def test_the_bits_do_not_depend_on_how_tokens_are_fed(count: int) -> None:
-    feed, (_, session) = tokens(count), split()
+def test_the_bits_do_not_depend_on_how_tokens_are_fed(groups: int, count: int) -> None:
+    feed, (_, session) = tokens(count, groups), split(groups)
     wanted = run(session, feed, [count])
     for parts in ([1] * count, [count - 13, 13], [7, *[9] * 7, count - 70]):
         np.testing.assert_array_equal(run(session, feed, [part for part in parts if part]), wanted)
@@ -76,14 +84,16 @@ def test_the_bits_do_not_depend_on_how_tokens_are_fed(count: int) -> None:
     np.testing.assert_array_equal(run(session, alone, [count]), wanted[:1])
 
 
-def test_padding_on_the_left_does_not_change_the_bits() -> None:
-    feed, (_, session) = tokens(60), split()
+@pytest.mark.parametrize("groups", GROUPS)
+def test_padding_on_the_left_does_not_change_the_bits(groups: int) -> None:
+    feed, (_, session) = tokens(60, groups), split(groups)
     padded = {name: np.concatenate([array[:, :11] * 3, array], axis=1) for name, array in feed.items()}
     np.testing.assert_array_equal(run(session, padded, [71], padding=11)[:, 11:], run(session, feed, [60]))
 
 
-def test_every_size_is_known_to_readers_by_the_names_that_were() -> None:
-    model, _ = split()
+@pytest.mark.parametrize("groups", GROUPS)
+def test_every_size_is_known_to_readers_by_the_names_that_were(groups: int) -> None:
+    model, _ = split(groups)
     assert [output.name for output in model.graph.outputs] == ["y", "keys", "values"]
     assert all(output.shape is not None for output in model.graph.outputs)
 
@@ -91,14 +101,16 @@ def test_every_size_is_known_to_readers_by_the_names_that_were() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        (f"kv_num_heads = {GROUPS}", f"kv_num_heads = {HEADS}", "one token would be a product of one row"),
-        ("OPTIONS", ", softcap = 2.0", "it has attributes besides heads and scale"),
+        ("q_num_heads = 6, kv_num_heads = 2", "scale = 0.2", "its queries, keys and values have four dimensions"),
+        ("kv_num_heads = 2", "kv_num_heads = 2, softcap = 2.0", "it has attributes besides heads and scale"),
         (", past_keys, past_values) }", ") }", "it has no mask or no cache of floats"),
+        ("float[b, 1, s, t] mask", "float[b, 6, s, t] mask", "not one row a query for all heads"),
+        ("float[b, 1, s, t] mask", "float[b, 1, 1, t] mask", "not one row a query for all heads"),
         (f"p, {WIDTH}] past_keys", "p, d] past_keys", "the width of its heads is not known"),
     ],
 )
 def test_what_it_cannot_split_is_declined(old: str, new: str, reason: str) -> None:
-    model = parse(TEXT.replace(old, new).replace("OPTIONS", ""))
+    model = parse(written(2).replace(old, new))
     result = SplitAttention().run(model, Context())
     assert not result.changed and [reason in event.reason for event in result.declined] == [True]
 
