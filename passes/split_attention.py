@@ -42,10 +42,12 @@ class SplitAttention:
     contract: ClassVar[Contract] = Contract.REASSOCIATED
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        """Split every Attention with a mask and a cache of floats; decline the others with a reason."""
+        """Split every Attention that has a cache; decline with a reason what has no mask, or not a known form."""
         rewrites, declined = [], []
         shared = _Shared(model)
         for attention in graph.nodes(model, "Attention"):
+            if not any(attention.inputs[4:]):
+                continue
             if obstacle := _obstacle(attention):
                 declined.append(Event(attention, obstacle))
                 continue

@@ -103,7 +103,7 @@ def test_every_size_is_known_to_readers_by_the_names_that_were(groups: int) -> N
     [
         ("q_num_heads = 6, kv_num_heads = 2", "scale = 0.2", "its queries, keys and values have four dimensions"),
         ("kv_num_heads = 2", "kv_num_heads = 2, softcap = 2.0", "it has attributes besides heads and scale"),
-        (", past_keys, past_values) }", ") }", "it has no mask or no cache of floats"),
+        ("v, mask, past_keys, past_values) }", 'v, mask, past_keys, "") }', "it has no mask or no cache of floats"),
         ("float[b, 1, s, t] mask", "float[b, 6, s, t] mask", "not one row a query for all heads"),
         ("float[b, 1, s, t] mask", "float[b, 1, 1, t] mask", "not one row a query for all heads"),
         (f"p, {WIDTH}] past_keys", "p, d] past_keys", "the width of its heads is not known"),
@@ -115,8 +115,17 @@ def test_what_it_cannot_split_is_declined(old: str, new: str, reason: str) -> No
     assert not result.changed and [reason in event.reason for event in result.declined] == [True]
 
 
+def test_attention_without_a_cache_is_left_as_it_is() -> None:
+    model = parse(written(2).replace(", past_keys, past_values) }", ") }"))
+    result = SplitAttention().run(model, Context())
+    assert not result.changed and not result.declined
+
+
 def test_the_recipe_asks_for_it(tmp_path: Path) -> None:
     asked = tmp_path / "r.yaml"
     asked.write_text("attention: {invariant: true}\n", encoding="utf-8")
-    names = [[entry.name for entry in passes.pipeline(load_recipe(r)).lower] for r in (str(asked), "w8a8")]
-    assert ["split-attention" in found for found in names] == [True, False]
+    names = [
+        [entry.name for entry in passes.pipeline(load_recipe(r)).lower]
+        for r in (str(asked), "w8a8-static", "w8a8-token", "w8a8")
+    ]
+    assert ["split-attention" in found for found in names] == [True, True, True, False]
