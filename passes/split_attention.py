@@ -46,12 +46,14 @@ class SplitAttention:
         rewrites, declined = [], []
         shared = _Shared(model)
         for attention in graph.nodes(model, "Attention"):
-            if not any(attention.inputs[4:]):
+            heads, groups = _heads(attention)
+            if groups and not any(
+                attention.inputs[4:]
+            ):  # an encoder's; keys in 8 bits have four dimensions and no groups
                 continue
             if obstacle := _obstacle(attention):
                 declined.append(Event(attention, obstacle))
                 continue
-            heads, groups = _heads(attention)
             _split(attention, shared)
             rewrites.append(Event(attention, f"{heads} heads over {groups}"))
         return PassResult(tuple(rewrites), tuple(declined))

@@ -121,6 +121,18 @@ def test_attention_without_a_cache_is_left_as_it_is() -> None:
     assert not result.changed and not result.declined
 
 
+def test_keys_from_a_cache_of_integers_are_declined() -> None:
+    shape = f"float[b, {HEADS}, s, {WIDTH}]"
+    model = parse(
+        f"""<ir_version: 10, opset_import: ["" : 23]>
+        model ({shape} q, {shape} k, {shape} v, float[b, 1, s, s] mask) => ({shape} y) {{ y = Attention(q, k, v, mask) }}"""
+    )
+    result = SplitAttention().run(model, Context())
+    assert not result.changed and [event.reason for event in result.declined] == [
+        "it has no mask or no cache of floats"
+    ]
+
+
 def test_the_recipe_asks_for_it(tmp_path: Path) -> None:
     asked = tmp_path / "r.yaml"
     asked.write_text("attention: {invariant: true}\n", encoding="utf-8")
