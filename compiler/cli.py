@@ -24,9 +24,11 @@ from scalefold.compiler.choice_solver import Quantity
 from scalefold.compiler.diff import diff_files
 from scalefold.compiler.driver import AUTO, RECIPE, CompileReport, compile_model, open_source, reference_models
 from scalefold.compiler.errors import InterruptError, OutputError, ScalefoldError, SourceError, needing_packages
+from scalefold.compiler.fusing import fuse_folder
 from scalefold.compiler.gates import PARITY_TOKENS, Gate, require_gates, run_gates
 from scalefold.compiler.generate import Generator, Sampling
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.kernel_library import LIBRARY
 from scalefold.compiler.mixed_precision import Search, read_goal
 from scalefold.compiler.recipe import Profile, Target, load_recipe, named_recipes
 from scalefold.compiler.report import gather_report
@@ -217,6 +219,35 @@ def verify_command(
         Console().print(f"loads in {seconds:.2f} s")
     verify.require_integer_kernels(kernels, allow_float or ())
     require_gates(checked, str(folder))
+
+
+@app.command("fuse")
+def fuse_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `scalefold compile` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    any_cpu: Annotated[
+        bool, typer.Option("--any-cpu", help="Go on where this machine's processor has no AVX512-VNNI.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="What to compare both folders on, as for calibration; default: English text."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a compiled model run on scalefold's own kernels, a library beside it: faster, where sessions can load one."""
+    with _progress(quiet=as_json) as progress:
+        report = fuse_folder(folder, output, any_cpu=any_cpu, data=data, progress=progress)
+    if as_json:
+        _print_json({**asdict(report), "output": str(report.output)})
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for what, count in report.fused.items():
+        console.print(f"{count:5} x {what}")
+    for layer, reason in report.declined.items():
+        console.print(f"{_escape(layer)} stays on onnxruntime's kernel: {reason}")
+    _print_outputs(report.outputs, f"{report.held_out}, compared with the folder that was fused")
+    console.print(f"{report.output}: {report.bytes / 1e6:.1f} MB, loads in {report.load_seconds:.2f} s; open it with")
+    console.print(f"options.register_custom_ops_library('{report.output / LIBRARY}')")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from scalefold.compiler.kernel_library import register_beside
 from scalefold.compiler.runtime import Feed, session_options
 
 SUFFIX = "_kernel_time"
@@ -59,6 +60,7 @@ def node_times(path: Path, feed: Feed, runs: int = 5, threads: int = 0) -> list[
     """
     with tempfile.TemporaryDirectory(prefix="scalefold-profile-") as folder:
         options = session_options(threads=threads)
+        register_beside(options, path.parent)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

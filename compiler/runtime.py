@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import NameFixPass
 
-from scalefold.compiler import graph
+from scalefold.compiler import graph, kernel_library
 from scalefold.compiler.errors import CalibrationError, GraphError, ScalefoldError
 
 Array = npt.NDArray[Any]
@@ -71,6 +71,7 @@ class Session:
         options = session_options(optimize=optimize, threads=threads, quiet=quiet)
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        _register(options, source)
         with faults_become(partial(_cannot_load, source if isinstance(source, Path) else "the graph")):
             if isinstance(source, Path):
                 self._session = onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
@@ -108,6 +109,15 @@ class Session:
         feeds = {name: _typed(feed[name], kind) for name, kind in self.inputs.items() if name in feed}
         with faults_become(_cannot_run):
             return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+
+
+def _register(options: onnxruntime.SessionOptions, source: ir.Model | Path | Message) -> None:
+    """Make scalefold's own operators known where they are needed: the library lies beside a file, or is built."""
+    if isinstance(source, ir.Model):
+        if kernel_library.DOMAIN in source.graph.opset_imports:
+            kernel_library.register(options)
+    else:
+        kernel_library.register_beside(options, source.parent if isinstance(source, Path) else source.folder)
 
 
 def _typed(array: Array, kind: str) -> Array:
@@ -190,6 +200,7 @@ def optimized_graph(path: Path) -> ir.Model:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
         options = session_options()
+        _register(options, path)
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "optimized.onnx.data"
@@ -208,7 +219,7 @@ def inputs_of(model: ir.Model) -> dict[str, ir.Value]:
 
 def unsupported_ops(model: ir.Model) -> list[str]:
     """Domain-qualified op types that belong to no operator set known to onnx or onnxruntime."""
-    known = {"", "ai.onnx", "ai.onnx.ml", graph.MICROSOFT}
+    known = {"", "ai.onnx", "ai.onnx.ml", graph.MICROSOFT, kernel_library.DOMAIN}
     functions = {(key[0], key[1]) for key in model.functions}
     return sorted(
         {

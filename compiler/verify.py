@@ -26,12 +26,13 @@ from scalefold.compiler.facts import (
     weight_dequantizer,
 )
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.kernel_library import DOMAIN, PRODUCTS
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
 
 INTEGER_KERNELS = frozenset(
-    {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
+    {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"} | PRODUCTS
 )
 LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
 Activation = Literal["per-tensor", "two codes", "per-token", "float"]
@@ -229,6 +230,8 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
 def _shape_of(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
     if node.op_type == "MatMulNBits":
         return int(str(graph.attribute(node, "K"))), int(str(graph.attribute(node, "N")))
+    if node.domain == DOMAIN:
+        return 4 * graph.whole_shape(weight)[1], int(str(graph.attribute(node, "N")))
     array = weight_array(weight)
     return graph.whole_shape(weight) if array is None else array.shape
 

@@ -11,6 +11,7 @@ from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
+from scalefold.passes.fuse_kernels import FuseKernels
 from scalefold.passes.insert_qdq import InsertQdq
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.lower_block_matmul import LowerBlockMatmul
@@ -60,6 +61,9 @@ LOWER: dict[Target, tuple[Pass, ...]] = {
     ),
     "qdq": (QuantizeBias(),),
 }
+
+FUSE: tuple[Pass, ...] = (FuseKernels(),)
+"""What `scalefold fuse` does to a graph that was lowered for onnxruntime-cpu."""
 
 
 def pipeline(recipe: Recipe) -> Pipeline:

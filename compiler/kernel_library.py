@@ -1,0 +1,149 @@
+"""scalefold's own operators for onnxruntime's CPU: built from kernels.cpp by the machine's compiler, and registered."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from scalefold.compiler.errors import SourceError
+from scalefold.compiler.machine import cache_folder
+
+DOMAIN = "scalefold"
+"""The operators' domain."""
+
+VERSION = 1
+"""Version of the operator set."""
+
+LIBRARY = "scalefold_kernels.so"
+"""The library's name in a fused folder."""
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+"""The values of the attribute `activation`, in order."""
+
+PRODUCTS = frozenset({"Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8"})
+"""The operators that multiply by a weight."""
+
+PANEL = 64
+"""Columns of a panel of weights."""
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w")
+
+COMPILERS = ("c++", "g++", "clang++")
+"""What is looked for on the path where the environment names none."""
+
+
+def packed_panels(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """A weight [K, N] as the kernels read it: [ceil(N / 64), K / 4, 64, 4], filled up with columns of 0.
+
+    The four numbers of a column that one instruction multiplies lie side by side.
+    """
+    k, n = codes.shape
+    panels = -(-n // PANEL)
+    filled = np.zeros((k, panels * PANEL), dtype=np.int8)
+    filled[:, :n] = codes
+    return np.ascontiguousarray(filled.reshape(k // 4, 4, panels, PANEL).transpose(2, 0, 3, 1))
+
+
+def unpacked_panels(panels: npt.NDArray[np.int8], columns: int) -> npt.NDArray[np.int8]:
+    """The weight [K, N] that `packed_panels` was given."""
+    count, groups = panels.shape[:2]
+    return np.ascontiguousarray(panels.transpose(1, 3, 0, 2).reshape(4 * groups, count * PANEL)[:, :columns])
+
+
+def library() -> Path:
+    """The library, built when this machine has not built it from this source yet, and kept in the user's cache.
+
+    Raises:
+        SourceError: there is no C++ compiler, or it refuses the source.
+    """
+    source = files("scalefold.compiler") / "kernels.cpp"
+    compiler = _compiler()
+    told = "\n".join([source.read_text(encoding="utf-8"), *compiler, *FLAGS, platform.machine(), sys.platform])
+    place = cache_folder() / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}" / LIBRARY
+    if not place.is_file():
+        with as_file(source) as path:
+            _build(path, compiler, place)
+    return place
+
+
+def is_fast(path: Path) -> bool:
+    """Whether this machine's processor has the instructions that a library's fast kernels are made of."""
+    return bool(ctypes.CDLL(str(path)).scalefold_vectorized())
+
+
+def register_beside(options: onnxruntime.SessionOptions, folder: Path) -> None:
+    """Make the operators of a fused folder known to a session; does nothing for any other folder."""
+    if (folder / LIBRARY).is_file():
+        register(options, folder / LIBRARY)
+
+
+def register(options: onnxruntime.SessionOptions, path: Path | None = None) -> None:
+    """Make the operators known to a session that is opened with these options.
+
+    Args:
+        options: of the session.
+        path: a library, such as the one in a fused folder; built here when None.
+
+    Raises:
+        SourceError: there is none, and none can be built, or it is none of this machine's.
+    """
+    place = library() if path is None else path
+    try:
+        options.register_custom_ops_library(str(place))
+    except Exception as error:  # onnxruntime has a private class for each of its faults, and dlopen says why
+        raise SourceError(
+            f"the library cannot be loaded ({' '.join(str(error).split())[:200]})",
+            where=str(place),
+            remedy="fuse the folder again on a machine like this one",
+        ) from error
+
+
+def _compiler() -> tuple[str, ...]:
+    """The command of a C++ compiler: `$CXX`, one on the path, or the one of the package ziglang."""
+    if given := os.environ.get("CXX"):
+        return tuple(shlex.split(given))
+    found = next((name for name in COMPILERS if shutil.which(name)), None)
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise SourceError(
+        "there is no C++ compiler to build scalefold's kernels with",
+        where="the machine",
+        remedy="install g++ or clang, name one in CXX, or pip install 'scalefold[kernels]', which brings one",
+    )
+
+
+def _build(source: Path, compiler: tuple[str, ...], place: Path) -> None:
+    """Build beside, then rename: processes that build at once leave one whole library."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder) / LIBRARY
+        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            said = done.stderr.strip()
+            failed = done.returncode != 0
+        except OSError as error:
+            said, failed = str(error), True
+        if failed:
+            raise SourceError(
+                f"the C++ compiler refuses scalefold's kernels ({' '.join(said.split())[:300]})",
+                where=shlex.join(compiler),
+                remedy="name another compiler of C++17 in CXX",
+            )
+        made.replace(place)

@@ -1,0 +1,972 @@
+// Operators of domain `scalefold` for onnxruntime's CPU: what scalefold's integer graphs compute, with the float steps
+// around each product fused into it. `passes/fuse_kernels.py` writes them, `compiler/kernel_library.py` builds this file.
+//
+//   Linear             y = act((x - z) W s_x s_w + b) + r          x uint8 [..., K], y float [..., N]
+//   LinearUint8        the same without r, quantized to uint8
+//   LinearBfloat16     the same without r, as bfloat16
+//   LinearNormUint8    h = LayerNormalization(Linear(...)); (h m + a, quantize(h))
+//   LayerNormUint8     h = LayerNormalization(x); (h m + a, quantize(h))
+//   AttentionUint8     softmax(q k^T / sqrt(D) + mask) v, quantized; q, k, v side by side in one bfloat16 [B, S, 3 H D]
+//
+// W is stored in panels of 64 columns, [ceil(N/64), K/4, 64, 4] int8, which is how the instruction vpdpbusd reads it: no
+// copy is made when a session opens. There is a path for AVX512-VNNI and a plain one for every other CPU; integer sums
+// are the same numbers in both.
+
+#include <algorithm>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define HAS_AVX512 1
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The part of onnxruntime's C interface that is used here. Its table of functions only ever grows at its end, so each is
+// called by its place in it (API version 17, onnxruntime 1.17).
+
+namespace ort {
+
+struct Status;
+struct Value;
+struct Context;
+struct Info;
+struct Options;
+struct Domain;
+struct Shape;
+constexpr uint32_t kVersion = 17;
+enum Type { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kBfloat16 = 16 };
+enum Code { kInvalidArgument = 2 };
+
+using Table = void* const*;
+struct Base {
+  Table (*get_api)(uint32_t version);
+  const char* (*version)();
+};
+
+template <typename Result, typename... Arguments>
+Result call(Table api, int place, Arguments... arguments) {
+  return reinterpret_cast<Result (*)(Arguments...)>(api[place])(arguments...);
+}
+
+inline Status* fault(Table api, const std::string& message) {
+  return call<Status*>(api, 0, static_cast<int>(kInvalidArgument), message.c_str());
+}
+
+struct CustomOp {
+  uint32_t version;
+  void* (*create_first)(const CustomOp*, Table, const Info*);
+  const char* (*name)(const CustomOp*);
+  const char* (*provider)(const CustomOp*);
+  int (*input_type)(const CustomOp*, size_t);
+  size_t (*inputs)(const CustomOp*);
+  int (*output_type)(const CustomOp*, size_t);
+  size_t (*outputs)(const CustomOp*);
+  void (*compute_first)(void*, Context*);
+  void (*destroy)(void*);
+  int (*input_kind)(const CustomOp*, size_t);
+  int (*output_kind)(const CustomOp*, size_t);
+  int (*input_memory)(const CustomOp*, size_t);
+  int (*variadic_inputs)(const CustomOp*);
+  int (*variadic_input_kind)(const CustomOp*);
+  int (*variadic_outputs)(const CustomOp*);
+  int (*variadic_output_kind)(const CustomOp*);
+  Status* (*create)(const CustomOp*, Table, const Info*, void**);
+  Status* (*compute)(void*, Context*);
+  void* infer_shape;
+  int (*first_version)(const CustomOp*);
+  int (*last_version)(const CustomOp*);
+  void* in_place[4];
+};
+
+}  // namespace ort
+
+namespace {
+
+using ort::Table;
+
+struct Tensor {
+  void* data = nullptr;
+  std::vector<int64_t> shape;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+  size_t size() const {
+    size_t product = 1;
+    for (const int64_t dim : shape) product *= static_cast<size_t>(dim);
+    return product;
+  }
+  size_t last() const { return shape.empty() ? 1 : static_cast<size_t>(shape.back()); }
+  size_t rows() const { return last() ? size() / last() : 0; }
+};
+
+// One run of a node: its tensors and the threads of the session.
+class Run {
+ public:
+  Run(Table api, ort::Context* context) : api_(api), context_(context) {
+    ort::call<ort::Status*>(api_, 88, context_, &inputs_);
+  }
+
+  Tensor input(size_t index) const {
+    Tensor tensor;
+    const ort::Value* value = nullptr;
+    if (index >= inputs_) return tensor;
+    ort::call<ort::Status*>(api_, 90, context_, index, &value);
+    if (value != nullptr) fill(value, tensor);
+    return tensor;
+  }
+
+  Tensor output(size_t index, const std::vector<int64_t>& shape) const {
+    Tensor tensor;
+    ort::Value* value = nullptr;
+    ort::call<ort::Status*>(api_, 91, context_, index, shape.data(), shape.size(), &value);
+    tensor.shape = shape;
+    if (value != nullptr) ort::call<ort::Status*>(api_, 51, value, &tensor.data);
+    return tensor;
+  }
+
+  // Call work(task) for every task below `tasks`, in order within `batches` stretches that threads take in turn.
+  template <typename Work>
+  void parallel(size_t tasks, size_t batches, const Work& work) const {
+    if (tasks == 0) return;
+    if (tasks == 1) return work(0);
+    void (*each)(void*, size_t) = [](void* given, size_t task) { (*static_cast<const Work*>(given))(task); };
+    ort::call<ort::Status*>(api_, 274, context_, each, tasks, std::min(tasks, batches),
+                            static_cast<void*>(const_cast<Work*>(&work)));
+  }
+
+  ort::Status* fault(const std::string& message) const { return ort::fault(api_, message); }
+
+ private:
+  void fill(const ort::Value* value, Tensor& tensor) const {
+    ort::Shape* shape = nullptr;
+    size_t rank = 0;
+    ort::call<ort::Status*>(api_, 51, value, &tensor.data);
+    ort::call<ort::Status*>(api_, 65, value, &shape);
+    ort::call<ort::Status*>(api_, 61, shape, &rank);
+    tensor.shape.resize(rank);
+    ort::call<ort::Status*>(api_, 62, shape, tensor.shape.data(), rank);
+    ort::call<void>(api_, 99, shape);
+  }
+
+  Table api_;
+  ort::Context* context_;
+  size_t inputs_ = 0;
+};
+
+constexpr size_t kWidth = 64;       // columns of a panel
+constexpr size_t kTileRows = 6;     // rows of a tile: 6 x 4 sums of 16 columns fill the registers
+constexpr size_t kStretches = 16;   // stretches that the tasks of a large node are handed out in
+
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// What becomes of the sums of a product.
+struct Finish {
+  const int32_t* sums;        // [N] sum of each column of W
+  const float* scales;        // [N]
+  const float* bias;          // [N]
+  const float* residual;      // [M, N] or null
+  const float* row_scales;    // [M], or null: x_scale for all
+  const int32_t* row_zeros;   // [M], or null: x_zero for all
+  float x_scale;
+  int32_t x_zero;
+  Activation activation;
+  float* out_float;           // [M - out_first, N] or null
+  size_t out_first;           // the row that out_float begins with
+  uint16_t* out_bfloat;       // [M, N] or null
+  uint8_t* out_codes;         // [M, N] or null
+  float inverse;              // 1 / step of out_codes
+  int32_t zero;
+  size_t n;
+};
+
+struct Product {
+  const uint8_t* x;
+  const int8_t* weight;
+  size_t m, k;
+  Finish finish;
+};
+
+inline uint8_t to_code(float value, float inverse, int32_t zero) {
+  const float code = std::nearbyint(value * inverse) + static_cast<float>(zero);
+  return static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, code)));
+}
+
+inline uint16_t to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bfloat(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return std::max(x, 0.0f);
+    case Activation::kGelu:
+      return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    case Activation::kGeluTanh:
+      return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kSilu:
+      return x / (1.0f + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Any CPU.
+
+void tile_plain(const Product& p, size_t row, size_t rows, size_t panel) {
+  const Finish& f = p.finish;
+  const int8_t* weight = p.weight + panel * kWidth * p.k;
+  const size_t first = panel * kWidth, columns = std::min(kWidth, f.n - first);
+  for (size_t i = row; i < row + rows; ++i) {
+    int32_t sums[kWidth] = {};
+    for (size_t k = 0; k < p.k; k += 4) {
+      const uint8_t* x = p.x + i * p.k + k;
+      const int8_t* w = weight + k * kWidth;
+      for (size_t j = 0; j < kWidth; ++j)
+        sums[j] += x[0] * w[4 * j] + x[1] * w[4 * j + 1] + x[2] * w[4 * j + 2] + x[3] * w[4 * j + 3];
+    }
+    const float scale = f.row_scales ? f.row_scales[i] : f.x_scale;
+    const int32_t zero = f.row_zeros ? f.row_zeros[i] : f.x_zero;
+    for (size_t j = 0; j < columns; ++j) {
+      const size_t at = first + j, to = i * f.n + at;
+      const float sum = static_cast<float>(sums[j] - zero * f.sums[at]);
+      const float y = activate(sum * (scale * f.scales[at]) + f.bias[at], f.activation);
+      if (f.out_codes) f.out_codes[to] = to_code(y, f.inverse, f.zero);
+      if (f.out_bfloat) f.out_bfloat[to] = to_bfloat(y);
+      if (f.out_float) f.out_float[to - f.out_first * f.n] = f.residual ? y + f.residual[to] : y;
+    }
+  }
+}
+
+// A normalization: what it multiplies by, and where its results go.
+struct Norm {
+  const float *gain, *shift, *multiply, *add;  // [N]
+  float epsilon, inverse;
+  int32_t zero;
+  size_t n;
+  float* out;      // [M, N]
+  uint8_t* codes;  // [M, N]
+};
+
+void normalize_plain(const Norm& f, size_t row, const float* x) {
+  double sum = 0, squares = 0;
+  for (size_t i = 0; i < f.n; ++i) sum += x[i];
+  const float mean = static_cast<float>(sum / static_cast<double>(f.n));
+  for (size_t i = 0; i < f.n; ++i) squares += static_cast<double>(x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(f.n)) + f.epsilon);
+  for (size_t i = 0; i < f.n; ++i) {
+    const float y = (x[i] - mean) * scale * f.gain[i] + f.shift[i];
+    f.codes[row * f.n + i] = to_code(y, f.inverse, f.zero);
+    f.out[row * f.n + i] = y * f.multiply[i] + f.add[i];
+  }
+}
+
+// Attention of one head for query rows [first, last).
+struct Head {
+  const uint16_t *q, *k, *v;  // bfloat16, rows `stride` apart
+  const float* mask;        // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
+  size_t stride, mask_stride, keys, size, first, last;
+  float scale;
+  uint8_t* out;             // rows `out_stride` apart
+  size_t out_stride;
+  float inverse;
+  int32_t zero;
+};
+
+void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
+  scratch.resize(h.keys + h.size);
+  float *scores = reinterpret_cast<float*>(scratch.data()), *sums = scores + h.keys;
+  for (size_t i = h.first; i < h.last; ++i) {
+    float largest = -FLT_MAX, total = 0;
+    for (size_t j = 0; j < h.keys; ++j) {
+      float score = 0;
+      for (size_t d = 0; d < h.size; ++d) score += from_bfloat(h.q[i * h.stride + d]) * from_bfloat(h.k[j * h.stride + d]);
+      scores[j] = score * h.scale + (h.mask ? h.mask[i * h.mask_stride + j] : 0.0f);
+      largest = std::max(largest, scores[j]);
+    }
+    std::fill(sums, sums + h.size, 0.0f);
+    for (size_t j = 0; j < h.keys; ++j) {
+      const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
+      total += share;
+      for (size_t d = 0; d < h.size; ++d) sums[d] += share * from_bfloat(h.v[j * h.stride + d]);
+    }
+    for (size_t d = 0; d < h.size; ++d) h.out[i * h.out_stride + d] = to_code(sums[d] / total, h.inverse, h.zero);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// AVX512-VNNI.
+
+#if HAS_AVX512
+
+// e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and Taylor's polynomial for e^r.
+AVX512 inline __m512 exp512(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(88.7f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+AVX512 inline __m512 reciprocal512(__m512 x) {
+  const __m512 near = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(near, _mm512_fnmadd_ps(x, near, _mm512_set1_ps(2.0f)));
+}
+
+AVX512 inline __m512 sigmoid512(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return reciprocal512(_mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// x Phi(x). Phi(x) - 1/2 is x times a quotient of polynomials in x^2 that was fitted on [-5.2, 5.2], with an error of at
+// most 1e-7; beyond, Phi is 0 or 1 to that error.
+AVX512 inline __m512 gelu512(__m512 x) {
+  const __m512 limit = _mm512_set1_ps(5.2f);
+  const __m512 z = _mm512_max_ps(_mm512_min_ps(x, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+  const __m512 square = _mm512_mul_ps(z, z);
+  __m512 p = _mm512_set1_ps(-1.6161989e-8f), q = _mm512_set1_ps(1.3829698e-4f);
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(5.3733297e-6f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(4.1172252e-4f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(6.0802014e-3f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(6.0270078e-2f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(0.39894176f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(3.2529647e-3f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(4.3212816e-2f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(0.31773248f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(1.0f));
+  return _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(z, p), reciprocal512(q), _mm512_set1_ps(0.5f)));
+}
+
+AVX512 inline __m512 activate512(__m512 x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return _mm512_max_ps(x, _mm512_setzero_ps());
+    case Activation::kGelu:
+      return gelu512(x);
+    case Activation::kGeluTanh: {
+      const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+      return _mm512_mul_ps(x, sigmoid512(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(1.59576912f))));
+    }
+    case Activation::kSilu:
+      return _mm512_mul_ps(x, sigmoid512(x));
+    default:
+      return x;
+  }
+}
+
+// Bits of floats rounded to bfloat16, in the upper halves; the lower ones are not cleared.
+AVX512 inline __m512i rounded512(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+}
+
+AVX512 inline __m256i bfloats512(__m512 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded512(x), 16)); }
+
+AVX512 inline __m128i codes512(__m512 x, __m512 inverse, __m512i zero) {
+  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
+  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512()));
+}
+
+// Columns [first, first + 64) of row i, from its integer sums.
+AVX512 inline void finish512(const Finish& f, size_t i, const int32_t* sums, size_t first) {
+  const __m512 scale = _mm512_set1_ps(f.row_scales ? f.row_scales[i] : f.x_scale);
+  const __m512i x_zero = _mm512_set1_epi32(f.row_zeros ? f.row_zeros[i] : f.x_zero);
+  for (size_t at = first; at < first + kWidth && at < f.n; at += 16, sums += 16) {
+    const size_t left = f.n - at, to = i * f.n + at;
+    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const __m512i centre = _mm512_mullo_epi32(x_zero, _mm512_maskz_loadu_epi32(mask, f.sums + at));
+    __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), centre));
+    y = _mm512_fmadd_ps(y, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, f.scales + at)),
+                        _mm512_maskz_loadu_ps(mask, f.bias + at));
+    y = activate512(y, f.activation);
+    if (f.out_codes)
+      _mm_mask_storeu_epi8(f.out_codes + to, mask, codes512(y, _mm512_set1_ps(f.inverse), _mm512_set1_epi32(f.zero)));
+    if (f.out_bfloat) _mm256_mask_storeu_epi16(f.out_bfloat + to, mask, bfloats512(y));
+    if (f.out_float) {
+      if (f.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, f.residual + to));
+      _mm512_mask_storeu_ps(f.out_float + to - f.out_first * f.n, mask, y);
+    }
+  }
+}
+
+// ROWS rows of a panel. The instruction is written out because compilers keep copies of the sums in memory otherwise.
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
+template <size_t ROWS>
+AVX512 void tile512(const Product& p, size_t row, size_t panel) {
+  const int8_t* weight = p.weight + panel * kWidth * p.k;
+  const uint8_t* x = p.x + row * p.k;
+  alignas(64) int32_t sums[ROWS][kWidth];
+#define START(i) __m512i s##i##0 = _mm512_setzero_si512(), s##i##1 = s##i##0, s##i##2 = s##i##0, s##i##3 = s##i##0;
+  EACH_ROW(START)
+  for (size_t k = 0; k < p.k; k += 4, weight += 4 * kWidth) {
+    const __m512i w0 = _mm512_loadu_si512(weight), w1 = _mm512_loadu_si512(weight + 64);
+    const __m512i w2 = _mm512_loadu_si512(weight + 128), w3 = _mm512_loadu_si512(weight + 192);
+#define DOT(sum, w) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(four), "v"(w))
+#define STEP(i)                                    \
+  if constexpr (ROWS > i) {                        \
+    int32_t bytes;                                 \
+    std::memcpy(&bytes, x + i * p.k + k, 4);       \
+    const __m512i four = _mm512_set1_epi32(bytes); \
+    DOT(s##i##0, w0);                              \
+    DOT(s##i##1, w1);                              \
+    DOT(s##i##2, w2);                              \
+    DOT(s##i##3, w3);                              \
+  }
+    EACH_ROW(STEP)
+  }
+#define STORE(i)                                   \
+  if constexpr (ROWS > i) {                        \
+    _mm512_store_si512(sums[i], s##i##0);          \
+    _mm512_store_si512(sums[i] + 16, s##i##1);     \
+    _mm512_store_si512(sums[i] + 32, s##i##2);     \
+    _mm512_store_si512(sums[i] + 48, s##i##3);     \
+  }
+  EACH_ROW(STORE)
+#undef START
+#undef DOT
+#undef STEP
+#undef STORE
+  for (size_t i = 0; i < ROWS; ++i) finish512(p.finish, row + i, sums[i], panel * kWidth);
+}
+
+AVX512 inline __mmask16 lanes(size_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
+
+AVX512 void normalize512(const Norm& f, size_t row, const float* x) {
+  const size_t n = f.n;
+  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  for (size_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(n));
+  for (size_t i = 0; i < n; i += 16) {
+    const __m512 d = _mm512_maskz_sub_ps(lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), x + i), mean);
+    squares = _mm512_fmadd_ps(d, d, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + f.epsilon));
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 in = lanes(n - i);
+    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, x + i), mean), scale);
+    const __m512 y = _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(in, f.gain + i), _mm512_maskz_loadu_ps(in, f.shift + i));
+    const __m128i codes = codes512(y, _mm512_set1_ps(f.inverse), _mm512_set1_epi32(f.zero));
+    _mm_mask_storeu_epi8(f.codes + row * n + i, in, codes);
+    const __m512 factor = _mm512_maskz_loadu_ps(in, f.multiply + i), offset = _mm512_maskz_loadu_ps(in, f.add + i);
+    _mm512_mask_storeu_ps(f.out + row * n + i, in, _mm512_fmadd_ps(y, factor, offset));
+  }
+}
+
+// sum + a b for pairs of bfloat16.
+template <bool NATIVE>
+AVX512 inline void add_pairs512(__m512& sum, __m512i a, __m512i b) {
+  if constexpr (NATIVE) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  } else {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, upper)), _mm512_castsi512_ps(_mm512_and_si512(b, upper)), sum);
+  }
+}
+
+// ROWS rows of a [ROWS, depth] by b [depth, 16 VECTORS], both of pairs of bfloat16 along depth.
+template <bool NATIVE, size_t ROWS, size_t VECTORS>
+AVX512 inline void dot512(const uint32_t* a, size_t a_stride, const uint32_t* b, size_t b_stride, size_t depth, float* out,
+                          size_t out_stride) {
+#define START(i) __m512 s##i##0 = _mm512_setzero_ps(), s##i##1 = s##i##0, s##i##2 = s##i##0, s##i##3 = s##i##0;
+  EACH_ROW(START)
+  for (size_t k = 0; k < depth; ++k, b += b_stride) {
+    const __m512i w0 = _mm512_loadu_si512(b), w1 = VECTORS > 1 ? _mm512_loadu_si512(b + 16) : w0;
+    const __m512i w2 = VECTORS > 2 ? _mm512_loadu_si512(b + 32) : w0, w3 = VECTORS > 3 ? _mm512_loadu_si512(b + 48) : w0;
+#define STEP(i)                                                                        \
+  if constexpr (ROWS > i) {                                                            \
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a[i * a_stride + k]));     \
+    add_pairs512<NATIVE>(s##i##0, pair, w0);                                           \
+    if constexpr (VECTORS > 1) add_pairs512<NATIVE>(s##i##1, pair, w1);                \
+    if constexpr (VECTORS > 2) add_pairs512<NATIVE>(s##i##2, pair, w2);                \
+    if constexpr (VECTORS > 3) add_pairs512<NATIVE>(s##i##3, pair, w3);                \
+  }
+    EACH_ROW(STEP)
+  }
+#define STORE(i)                                                                     \
+  if constexpr (ROWS > i) {                                                          \
+    _mm512_storeu_ps(out + i * out_stride, s##i##0);                                 \
+    if constexpr (VECTORS > 1) _mm512_storeu_ps(out + i * out_stride + 16, s##i##1); \
+    if constexpr (VECTORS > 2) _mm512_storeu_ps(out + i * out_stride + 32, s##i##2); \
+    if constexpr (VECTORS > 3) _mm512_storeu_ps(out + i * out_stride + 48, s##i##3); \
+  }
+  EACH_ROW(STORE)
+#undef START
+#undef STEP
+#undef STORE
+}
+
+template <bool NATIVE, size_t VECTORS>
+AVX512 inline void dot_rows512(size_t rows, const uint32_t* a, size_t a_stride, const uint32_t* b, size_t b_stride,
+                               size_t depth, float* out, size_t out_stride) {
+  switch (rows) {
+    case 1: return dot512<NATIVE, 1, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+    case 2: return dot512<NATIVE, 2, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+    case 3: return dot512<NATIVE, 3, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+    case 4: return dot512<NATIVE, 4, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+    case 5: return dot512<NATIVE, 5, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+    default: return dot512<NATIVE, 6, VECTORS>(a, a_stride, b, b_stride, depth, out, out_stride);
+  }
+}
+
+// a [rows, depth] by b [depth, columns], columns a multiple of 16.
+template <bool NATIVE>
+AVX512 inline void product512(size_t rows, const uint32_t* a, size_t a_stride, const uint32_t* b, size_t b_stride,
+                              size_t depth, float* out, size_t out_stride, size_t columns) {
+  for (size_t at = 0; at < columns; at += 64) {
+    switch (std::min<size_t>(64, columns - at)) {
+      case 16: dot_rows512<NATIVE, 1>(rows, a, a_stride, b + at, b_stride, depth, out + at, out_stride); break;
+      case 32: dot_rows512<NATIVE, 2>(rows, a, a_stride, b + at, b_stride, depth, out + at, out_stride); break;
+      case 48: dot_rows512<NATIVE, 3>(rows, a, a_stride, b + at, b_stride, depth, out + at, out_stride); break;
+      default: dot_rows512<NATIVE, 4>(rows, a, a_stride, b + at, b_stride, depth, out + at, out_stride);
+    }
+  }
+}
+
+// Softmax of one row of scores, without its division, as bfloat16; returns the sum of what is written. 2^x by a cubic in
+// the fraction, whose relative error of 8e-5 is far below that of bfloat16.
+AVX512 inline float shares512(const float* scores, size_t keys, float scale, const float* mask, float* raised,
+                              uint16_t* shares) {
+  constexpr float kLog2e = 1.44269504f;
+  const __m512 factor = _mm512_set1_ps(scale * kLog2e), least = _mm512_set1_ps(-1e30f);
+  __m512 largest = least, total = _mm512_setzero_ps();
+  for (size_t j = 0; j < keys; j += 16) {
+    __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + j), factor);
+    if (mask) score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes(keys - j), mask + j), _mm512_set1_ps(kLog2e), score);
+    score = _mm512_mask_max_ps(least, lanes(keys - j), score, least);
+    largest = _mm512_max_ps(largest, score);
+    _mm512_storeu_ps(raised + j, score);
+  }
+  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (size_t j = 0; j < keys; j += 16) {
+    const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(raised + j), largest), n = _mm512_roundscale_ps(x, 8);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.05517156f), r, _mm512_set1_ps(0.24261118f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693261f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999281f));
+    const __m512i upper = _mm512_srli_epi32(rounded512(_mm512_maskz_scalef_ps(lanes(keys - j), p, n)), 16);
+    total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(upper, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(shares + j), _mm512_cvtepi32_epi16(upper));
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+AVX512 inline __m512i widened512(const uint16_t* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+template <bool NATIVE>
+AVX512 void attend512(const Head& h, std::vector<uint32_t>& scratch) {
+  const size_t padded = (h.keys + 15) / 16 * 16, pairs = padded / 2, half = h.size / 2;
+  scratch.resize(half * padded + pairs * h.size + kTileRows * (2 * padded + pairs + h.size));
+  uint32_t *columns = scratch.data(), *values = columns + half * padded, *shares = values + pairs * h.size;
+  float* scores = reinterpret_cast<float*>(shares + kTileRows * pairs);
+  float *raised = scores + kTileRows * padded, *sums = raised + kTileRows * padded;
+  // keys as columns, two numbers of one key side by side; values as rows, those of two keys side by side
+  for (size_t j = 0; j < padded; ++j) {
+    for (size_t d = 0; d < half; ++d) {
+      uint32_t pair = 0;
+      if (j < h.keys) std::memcpy(&pair, h.k + j * h.stride + 2 * d, 4);
+      columns[d * padded + j] = pair;
+    }
+  }
+  for (size_t j = 0; j < pairs; ++j) {
+    const uint16_t* even = h.v + 2 * j * h.stride;
+    for (size_t d = 0; d < h.size; d += 16) {
+      const __m512i low = 2 * j < h.keys ? widened512(even + d) : _mm512_setzero_si512();
+      const __m512i high = 2 * j + 1 < h.keys ? widened512(even + h.stride + d) : _mm512_setzero_si512();
+      _mm512_storeu_si512(values + j * h.size + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+  for (size_t i = h.first; i < h.last; i += kTileRows) {
+    const size_t rows = std::min(kTileRows, h.last - i);
+    uint32_t queries[kTileRows * 128];
+    for (size_t r = 0; r < rows; ++r) std::memcpy(queries + r * half, h.q + (i + r) * h.stride, 2 * h.size);
+    product512<NATIVE>(rows, queries, half, columns, padded, half, scores, padded, padded);
+    float totals[kTileRows];
+    for (size_t r = 0; r < rows; ++r)
+      totals[r] = shares512(scores + r * padded, h.keys, h.scale, h.mask ? h.mask + (i + r) * h.mask_stride : nullptr,
+                            raised, reinterpret_cast<uint16_t*>(shares + r * pairs));
+    product512<NATIVE>(rows, shares, pairs, values, h.size, (h.keys + 1) / 2, sums, h.size, h.size);
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t d = 0; d < h.size; d += 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(h.out + (i + r) * h.out_stride + d),
+                         codes512(_mm512_loadu_ps(sums + r * h.size + d), _mm512_set1_ps(h.inverse / totals[r]),
+                                  _mm512_set1_epi32(h.zero)));
+  }
+}
+
+#endif  // HAS_AVX512
+
+bool has_vnni() {
+#if HAS_AVX512
+  static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool has_bfloat() {
+#if HAS_AVX512
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+void normalize(const Norm& norm, size_t row, const float* x) {
+#if HAS_AVX512
+  if (has_vnni()) return normalize512(norm, row, x);
+#endif
+  normalize_plain(norm, row, x);
+}
+
+void attend(const Head& head, std::vector<uint32_t>& scratch) {
+#if HAS_AVX512
+  if (has_vnni()) return has_bfloat() ? attend512<true>(head, scratch) : attend512<false>(head, scratch);
+#endif
+  attend_plain(head, scratch);
+}
+
+void tile(const Product& p, size_t row, size_t rows, size_t panel) {
+#if HAS_AVX512
+  if (has_vnni()) {
+    switch (rows) {
+      case 1: return tile512<1>(p, row, panel);
+      case 2: return tile512<2>(p, row, panel);
+      case 3: return tile512<3>(p, row, panel);
+      case 4: return tile512<4>(p, row, panel);
+      case 5: return tile512<5>(p, row, panel);
+      default: return tile512<6>(p, row, panel);
+    }
+  }
+#endif
+  tile_plain(p, row, rows, panel);
+}
+
+// A task is a stretch of tiles of rows by a few panels: their weights stay in the second cache from tile to tile.
+void multiply(const Run& run, const Product& p) {
+  const size_t panels = (p.finish.n + kWidth - 1) / kWidth, tiles = (p.m + kTileRows - 1) / kTileRows;
+  const size_t group = tiles == 1 ? 1 : std::max<size_t>(1, std::min<size_t>(4, panels / 4));
+  const size_t stretch = 16, stretches = (tiles + stretch - 1) / stretch, groups = (panels + group - 1) / group;
+  const size_t batches = tiles == 1 ? 4 : kStretches;
+  run.parallel(groups * stretches, batches, [&](size_t task) {
+    const size_t first = task / stretches * group, last = std::min(first + group, panels);
+    const size_t top = task % stretches * stretch, bottom = std::min(top + stretch, tiles);
+    for (size_t t = top; t < bottom; ++t) {
+      const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
+      for (size_t panel = first; panel < last; ++panel) tile(p, row, rows, panel);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators.
+
+float scalar(const Tensor& tensor) { return *tensor.as<float>(); }
+
+struct Kernel {
+  Table api;
+  Activation activation = Activation::kNone;
+  int64_t n = 0, heads = 0;
+  float epsilon = 0;
+};
+
+// The inputs that the two forms of Linear share: x, weight, sums, scales, x_scale, x_zero, bias.
+ort::Status* read_product(const Run& run, const Kernel& kernel, Product& p, Tensor& x) {
+  x = run.input(0);
+  const Tensor weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(6);
+  const size_t n = static_cast<size_t>(kernel.n), k = x.last();
+  if (k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * k || sums.size() != n || scales.size() != n ||
+      bias.size() != n)
+    return run.fault("the weight, scales, sums or bias of a scalefold::Linear do not fit its input and N");
+  p.x = x.as<uint8_t>();
+  p.weight = weight.as<int8_t>();
+  p.m = x.rows();
+  p.k = k;
+  p.finish = Finish{};
+  p.finish.sums = sums.as<int32_t>();
+  p.finish.scales = scales.as<float>();
+  p.finish.bias = bias.as<float>();
+  p.finish.x_scale = scalar(run.input(4));
+  p.finish.x_zero = *run.input(5).as<uint8_t>();
+  p.finish.activation = kernel.activation;
+  p.finish.n = n;
+  return nullptr;
+}
+
+std::vector<int64_t> with_last(std::vector<int64_t> shape, int64_t last) {
+  shape.back() = last;
+  return shape;
+}
+
+ort::Status* linear(const Kernel& kernel, const Run& run) {
+  Product p;
+  Tensor x;
+  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  const Tensor residual = run.input(7);
+  if (residual && residual.size() != p.m * p.finish.n) return run.fault("the residual of a scalefold::Linear does not fit");
+  p.finish.residual = residual.as<float>();
+  p.finish.out_float = run.output(0, with_last(x.shape, kernel.n)).as<float>();
+  multiply(run, p);
+  return nullptr;
+}
+
+ort::Status* linear_uint8(const Kernel& kernel, const Run& run) {
+  Product p;
+  Tensor x;
+  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  p.finish.inverse = 1.0f / scalar(run.input(7));
+  p.finish.zero = *run.input(8).as<uint8_t>();
+  p.finish.out_codes = run.output(0, with_last(x.shape, kernel.n)).as<uint8_t>();
+  multiply(run, p);
+  return nullptr;
+}
+
+ort::Status* linear_bfloat16(const Kernel& kernel, const Run& run) {
+  Product p;
+  Tensor x;
+  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  p.finish.out_bfloat = run.output(0, with_last(x.shape, kernel.n)).as<uint16_t>();
+  multiply(run, p);
+  return nullptr;
+}
+
+// The inputs of a normalization from `first` on: gain, shift, multiply, add, y_scale, y_zero.
+ort::Status* read_norm(const Run& run, const Kernel& kernel, size_t first, const std::vector<int64_t>& shape, Norm& norm) {
+  const Tensor gain = run.input(first), shift = run.input(first + 1), multiply = run.input(first + 2), add = run.input(first + 3);
+  norm.n = static_cast<size_t>(shape.back());
+  for (const Tensor* each : {&gain, &shift, &multiply, &add})
+    if (each->size() != norm.n) return run.fault("the constants of a normalization of domain scalefold do not fit its input");
+  norm.gain = gain.as<float>();
+  norm.shift = shift.as<float>();
+  norm.multiply = multiply.as<float>();
+  norm.add = add.as<float>();
+  norm.epsilon = kernel.epsilon;
+  norm.inverse = 1.0f / scalar(run.input(first + 4));
+  norm.zero = *run.input(first + 5).as<uint8_t>();
+  norm.out = run.output(0, shape).as<float>();
+  norm.codes = run.output(1, shape).as<uint8_t>();
+  return nullptr;
+}
+
+ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
+  Product p;
+  Tensor x;
+  Norm norm{};
+  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  const Tensor residual = run.input(7);
+  const size_t n = p.finish.n;
+  if (residual.size() != p.m * n) return run.fault("the residual of a scalefold::LinearNormUint8 does not fit");
+  if (ort::Status* status = read_norm(run, kernel, 8, with_last(x.shape, kernel.n), norm)) return status;
+  p.finish.residual = residual.as<float>();
+  const size_t tiles = (p.m + kTileRows - 1) / kTileRows, panels = (n + kWidth - 1) / kWidth;
+  thread_local std::vector<float> scratch;
+  if (tiles < 4) {  // too few rows to share: threads share the columns
+    scratch.resize(p.m * n);
+    p.finish.out_float = scratch.data();
+    multiply(run, p);
+    for (size_t i = 0; i < p.m; ++i) normalize(norm, i, scratch.data() + i * n);
+    return nullptr;
+  }
+  const size_t stretch = std::min<size_t>(8, (tiles + 3) / 4);  // rows whose sums the second cache holds
+  run.parallel((tiles + stretch - 1) / stretch, kStretches, [&](size_t task) {
+    const size_t top = task * stretch, bottom = std::min(top + stretch, tiles);
+    const size_t first = top * p.m / tiles, last = bottom * p.m / tiles;
+    scratch.resize((last - first) * n);
+    Product mine = p;
+    mine.finish.out_float = scratch.data();
+    mine.finish.out_first = first;
+    for (size_t panel = 0; panel < panels; ++panel) {
+      for (size_t t = top; t < bottom; ++t) {
+        const size_t row = t * p.m / tiles;
+        tile(mine, row, (t + 1) * p.m / tiles - row, panel);
+      }
+    }
+    for (size_t i = first; i < last; ++i) normalize(norm, i, scratch.data() + (i - first) * n);
+  });
+  return nullptr;
+}
+
+ort::Status* layer_norm_uint8(const Kernel& kernel, const Run& run) {
+  const Tensor x = run.input(0);
+  Norm norm{};
+  if (ort::Status* status = read_norm(run, kernel, 1, x.shape, norm)) return status;
+  const size_t block = 16, rows = x.rows();
+  run.parallel((rows + block - 1) / block, kStretches, [&](size_t task) {
+    for (size_t i = task * block; i < std::min(rows, (task + 1) * block); ++i) normalize(norm, i, x.as<float>() + i * norm.n);
+  });
+  return nullptr;
+}
+
+ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
+  const Tensor x = run.input(0), mask = run.input(3);
+  const size_t heads = static_cast<size_t>(kernel.heads), size = x.last() / 3 / heads;
+  if (x.shape.size() != 3 || x.last() != 3 * heads * size || size % 16 || size > 256)
+    return run.fault("scalefold::AttentionUint8 takes [batch, tokens, 3 * heads * size], size a multiple of 16 up to 256");
+  const size_t batch = static_cast<size_t>(x.shape[0]), tokens = static_cast<size_t>(x.shape[1]);
+  size_t strides[3] = {0, 0, 0};  // of the mask, by batch, head and query
+  if (mask) {
+    const auto fits = [&](size_t axis, size_t full) {
+      const size_t dim = static_cast<size_t>(mask.shape[axis]);
+      return dim == 1 || dim == full;
+    };
+    if (mask.shape.size() != 4 || !fits(0, batch) || !fits(1, heads) || !fits(2, tokens) || mask.last() != tokens)
+      return run.fault("the mask of a scalefold::AttentionUint8 does not fit: [batch, heads, tokens, tokens], or 1s");
+    size_t step = tokens;
+    for (const int axis : {2, 1, 0}) {
+      strides[axis] = mask.shape[axis] == 1 ? 0 : step;
+      step *= static_cast<size_t>(mask.shape[axis]);
+    }
+  }
+  Head head{};
+  head.stride = 3 * heads * size;
+  head.mask_stride = strides[2];
+  head.keys = tokens;
+  head.size = size;
+  head.scale = 1.0f / std::sqrt(static_cast<float>(size));
+  head.out_stride = heads * size;
+  head.inverse = 1.0f / scalar(run.input(1));
+  head.zero = *run.input(2).as<uint8_t>();
+  uint8_t* out = run.output(0, with_last(x.shape, static_cast<int64_t>(heads * size))).as<uint8_t>();
+  const size_t block = 192, blocks = (tokens + block - 1) / block;
+  run.parallel(batch * heads * blocks, kStretches, [&](size_t task) {
+    const size_t b = task / blocks / heads, h = task / blocks % heads;
+    thread_local std::vector<uint32_t> scratch;
+    Head each = head;
+    each.q = x.as<uint16_t>() + b * tokens * each.stride + h * size;
+    each.k = each.q + heads * size;
+    each.v = each.k + heads * size;
+    each.mask = mask ? mask.as<float>() + b * strides[0] + h * strides[1] : nullptr;
+    each.out = out + b * tokens * each.out_stride + h * size;
+    each.first = task % blocks * block;
+    each.last = std::min(tokens, each.first + block);
+    attend(each, scratch);
+  });
+  return nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Registration.
+
+using Compute = ort::Status* (*)(const Kernel&, const Run&);
+
+struct Operator {
+  ort::CustomOp table;  // first, so that onnxruntime's pointer to it is one to this
+  const char* name;
+  std::vector<int> inputs, outputs;
+  size_t required;
+  Compute compute;
+};
+
+struct Instance {
+  Kernel kernel;
+  Compute compute;
+};
+
+const Operator& of(const ort::CustomOp* op) { return *reinterpret_cast<const Operator*>(op); }
+
+int64_t integer_attribute(Table api, const ort::Info* info, const char* name) {
+  int64_t value = 0;
+  if (void* status = ort::call<void*>(api, 86, info, name, &value)) ort::call<void>(api, 93, status);
+  return value;
+}
+
+ort::Status* create(const ort::CustomOp* op, Table api, const ort::Info* info, void** made) {
+  auto* instance = new Instance{{api}, of(op).compute};
+  Kernel& kernel = instance->kernel;
+  kernel.n = integer_attribute(api, info, "N");
+  kernel.heads = std::max<int64_t>(1, integer_attribute(api, info, "heads"));
+  kernel.activation = static_cast<Activation>(integer_attribute(api, info, "activation"));
+  if (void* status = ort::call<void*>(api, 85, info, "epsilon", &kernel.epsilon)) ort::call<void>(api, 93, status);
+  *made = instance;
+  return nullptr;
+}
+
+ort::Status* compute(void* given, ort::Context* context) {
+  const auto* instance = static_cast<const Instance*>(given);
+  return instance->compute(instance->kernel, Run(instance->kernel.api, context));
+}
+
+Operator make(const char* name, std::vector<int> inputs, std::vector<int> outputs, size_t required, Compute body) {
+  Operator made{{}, name, std::move(inputs), std::move(outputs), required, body};
+  ort::CustomOp& t = made.table;
+  t.version = ort::kVersion;
+  t.name = [](const ort::CustomOp* op) { return of(op).name; };
+  t.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+  t.input_type = [](const ort::CustomOp* op, size_t index) { return of(op).inputs[index]; };
+  t.inputs = [](const ort::CustomOp* op) { return of(op).inputs.size(); };
+  t.output_type = [](const ort::CustomOp* op, size_t index) { return of(op).outputs[index]; };
+  t.outputs = [](const ort::CustomOp* op) { return of(op).outputs.size(); };
+  t.destroy = [](void* given) { delete static_cast<Instance*>(given); };
+  t.input_kind = [](const ort::CustomOp* op, size_t index) { return index < of(op).required ? 0 : 1; };
+  t.output_kind = [](const ort::CustomOp*, size_t) { return 0; };
+  t.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+  t.variadic_inputs = t.variadic_input_kind = t.variadic_outputs = t.variadic_output_kind =
+      [](const ort::CustomOp*) { return 1; };
+  t.create = create;
+  t.compute = compute;
+  t.first_version = [](const ort::CustomOp*) { return 1; };
+  t.last_version = [](const ort::CustomOp*) { return INT_MAX; };
+  return made;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options,
+                                                                                  const ort::Base* base) {
+  using namespace ort;
+  Table api = base->get_api(kVersion);
+  static const Operator operators[] = {
+      make("Linear", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat}, {kFloat}, 7, linear),
+      make("LinearUint8", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kUint8}, {kUint8}, 9, linear_uint8),
+      make("LinearBfloat16", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat}, {kBfloat16}, 7, linear_bfloat16),
+      make("LinearNormUint8",
+           {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8},
+           {kFloat, kUint8}, 14, linear_norm_uint8),
+      make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
+      make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
+  };
+  static Domain* domain = nullptr;
+  if (domain == nullptr) {
+    if (Status* status = call<Status*>(api, 26, "scalefold", &domain)) return status;
+    for (const Operator& each : operators)
+      if (Status* status = call<Status*>(api, 27, domain, &each.table)) return status;
+  }
+  return call<Status*>(api, 28, options, domain);
+}
+
+// Whether the fast path runs on this CPU.
+extern "C" __attribute__((visibility("default"))) int scalefold_vectorized() { return has_vnni() ? 1 : 0; }
