@@ -37,6 +37,12 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 PRODUCTS = frozenset({"Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8"})
 """The operators that multiply by a weight."""
 
+HEAD_LANES = 16
+"""Sizes of attention heads are multiples of it."""
+
+LARGEST_HEAD = 256
+"""The largest size of a head."""
+
 PANEL = 64
 """Columns of a panel of weights."""
 

@@ -7,6 +7,9 @@
 //   LinearNormUint8    h = LayerNormalization(Linear(...)); (h m + a, quantize(h))
 //   LayerNormUint8     h = LayerNormalization(x); (h m + a, quantize(h))
 //   AttentionUint8     softmax(q k^T / sqrt(D) + mask) v, quantized; q, k, v side by side in one bfloat16 [B, S, 3 H D]
+//   CachedAttention    attention of new tokens behind a cache, rotated where there are angles, and the cache with them
+//   AddNorm            x = a + b; (x, LayerNormalization(x) or RMSNormalization(x))
+//   GatedSilu          silu(x[..., :N]) x[..., N:]
 //
 // W is stored in panels of 64 columns, [ceil(N/64), K/4, 64, 4] int8, which is how the instruction vpdpbusd reads it: no
 // copy is made when a session opens. There is a path for AVX512-VNNI and a plain one for every other CPU; integer sums
@@ -287,7 +290,8 @@ struct Head {
   const float* mask;        // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
   size_t stride, mask_stride, keys, size, first, last;
   float scale;
-  uint8_t* out;             // rows `out_stride` apart
+  uint8_t* out;             // rows `out_stride` apart, or null
+  float* out_float;         // the same, not quantized, where `out` is null
   size_t out_stride;
   float inverse;
   int32_t zero;
@@ -310,8 +314,79 @@ void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
       total += share;
       for (size_t d = 0; d < h.size; ++d) sums[d] += share * from_bfloat(h.v[j * h.stride + d]);
     }
-    for (size_t d = 0; d < h.size; ++d) h.out[i * h.out_stride + d] = to_code(sums[d] / total, h.inverse, h.zero);
+    for (size_t d = 0; d < h.size; ++d) {
+      if (h.out) h.out[i * h.out_stride + d] = to_code(sums[d] / total, h.inverse, h.zero);
+      if (h.out_float) h.out_float[i * h.out_stride + d] = sums[d] / total;
+    }
   }
+}
+
+// Attention of S new tokens behind P in a cache, T = P + S; H heads of D share G heads of keys and values.
+struct Cached {
+  const float *qkv;               // [B, S, (H + 2 G) D]
+  const float *past_k, *past_v;   // [B, G, P, D]
+  const float *cosines, *sines;   // [B, S, D / 2], or null
+  const float* mask;              // of the first query of a head
+  size_t mask_strides[3];         // by batch, head and query; 0 where it is the same for all
+  float *k, *v;                   // [B, G, T, D]
+  float* out;                     // [B, S, H D]
+  size_t batch, tokens, past, heads, groups, size;
+  float scale;
+
+  size_t total() const { return past + tokens; }
+  size_t width() const { return (heads + 2 * groups) * size; }
+  const float* mask_row(size_t b, size_t head, size_t query) const {
+    return mask + b * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2];
+  }
+};
+
+void rotate_plain(const float* x, const float* cosines, const float* sines, size_t half, float* out) {
+  for (size_t d = 0; d < half; ++d) {
+    const float a = x[d], b = x[half + d];
+    out[d] = a * cosines[d] - b * sines[d];
+    out[half + d] = b * cosines[d] + a * sines[d];
+  }
+}
+
+void attend_row_plain(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
+                      const float* mask, float* scores, float* out) {
+  float largest = -FLT_MAX, total = 0;
+  for (size_t j = 0; j < keys; ++j) {
+    float score = 0;
+    for (size_t d = 0; d < size; ++d) score += q[d] * k[j * size + d];
+    scores[j] = score * scale + mask[j];
+    largest = std::max(largest, scores[j]);
+  }
+  std::fill(out, out + size, 0.0f);
+  for (size_t j = 0; j < keys; ++j) {
+    const float share = std::exp(scores[j] - largest);
+    total += share;
+    for (size_t d = 0; d < size; ++d) out[d] += share * v[j * size + d];
+  }
+  for (size_t d = 0; d < size; ++d) out[d] /= total;
+}
+
+// A sum of two values and its normalization.
+struct Joint {
+  const float *a, *b, *gain, *shift;  // shift is null for RMSNormalization
+  float epsilon;
+  size_t n;
+  float *sum, *out;
+};
+
+void add_norm_plain(const Joint& f, size_t row) {
+  const float *a = f.a + row * f.n, *b = f.b + row * f.n;
+  float *sum = f.sum + row * f.n, *out = f.out + row * f.n;
+  double total = 0, squares = 0;
+  for (size_t i = 0; i < f.n; ++i) total += sum[i] = a[i] + b[i];
+  const float mean = f.shift ? static_cast<float>(total / static_cast<double>(f.n)) : 0.0f;
+  for (size_t i = 0; i < f.n; ++i) squares += static_cast<double>(sum[i] - mean) * (sum[i] - mean);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(f.n)) + f.epsilon);
+  for (size_t i = 0; i < f.n; ++i) out[i] = (sum[i] - mean) * scale * f.gain[i] + (f.shift ? f.shift[i] : 0.0f);
+}
+
+void gate_plain(const float* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = activate(x[i], Activation::kSilu) * x[n + i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -617,12 +692,102 @@ AVX512 void attend512(const Head& h, std::vector<uint32_t>& scratch) {
       totals[r] = shares512(scores + r * padded, h.keys, h.scale, h.mask ? h.mask + (i + r) * h.mask_stride : nullptr,
                             raised, reinterpret_cast<uint16_t*>(shares + r * pairs));
     product512<NATIVE>(rows, shares, pairs, values, h.size, (h.keys + 1) / 2, sums, h.size, h.size);
-    for (size_t r = 0; r < rows; ++r)
-      for (size_t d = 0; d < h.size; d += 16)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(h.out + (i + r) * h.out_stride + d),
-                         codes512(_mm512_loadu_ps(sums + r * h.size + d), _mm512_set1_ps(h.inverse / totals[r]),
-                                  _mm512_set1_epi32(h.zero)));
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t d = 0; d < h.size; d += 16) {
+        const __m512 y = _mm512_loadu_ps(sums + r * h.size + d);
+        const size_t to = (i + r) * h.out_stride + d;
+        if (h.out_float) _mm512_storeu_ps(h.out_float + to, _mm512_mul_ps(y, _mm512_set1_ps(1.0f / totals[r])));
+        if (h.out)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(h.out + to),
+                           codes512(y, _mm512_set1_ps(h.inverse / totals[r]), _mm512_set1_epi32(h.zero)));
+      }
+    }
   }
+}
+
+AVX512 void rotate512(const float* x, const float* cosines, const float* sines, size_t half, float* out) {
+  for (size_t d = 0; d < half; d += 16) {
+    const __mmask16 in = lanes(half - d);
+    const __m512 a = _mm512_maskz_loadu_ps(in, x + d), b = _mm512_maskz_loadu_ps(in, x + half + d);
+    const __m512 c = _mm512_maskz_loadu_ps(in, cosines + d), s = _mm512_maskz_loadu_ps(in, sines + d);
+    _mm512_mask_storeu_ps(out + d, in, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
+    _mm512_mask_storeu_ps(out + half + d, in, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+  }
+}
+
+AVX512 void attend_row512(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
+                          const float* mask, float* scores, float* out) {
+  __m512 largest = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
+  for (size_t j = 0; j < keys; ++j) {
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t d = 0; d < size; d += 16)
+      sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + d), _mm512_loadu_ps(k + j * size + d), sum);
+    scores[j] = _mm512_reduce_add_ps(sum);
+  }
+  for (size_t j = 0; j < keys; j += 16) {
+    const __mmask16 in = lanes(keys - j);
+    const __m512 score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(in, scores + j), _mm512_set1_ps(scale),
+                                         _mm512_maskz_loadu_ps(in, mask + j));
+    largest = _mm512_mask_max_ps(largest, in, largest, score);
+    _mm512_mask_storeu_ps(scores + j, in, score);
+  }
+  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (size_t j = 0; j < keys; j += 16) {
+    const __mmask16 in = lanes(keys - j);
+    const __m512 share = exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, scores + j), largest));
+    total = _mm512_mask_add_ps(total, in, total, share);
+    _mm512_mask_storeu_ps(scores + j, in, share);
+  }
+  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  for (size_t d = 0; d < size; d += 16) {
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    size_t j = 0;
+    for (; j + 1 < keys; j += 2) {
+      even = _mm512_fmadd_ps(_mm512_set1_ps(scores[j]), _mm512_loadu_ps(v + j * size + d), even);
+      odd = _mm512_fmadd_ps(_mm512_set1_ps(scores[j + 1]), _mm512_loadu_ps(v + (j + 1) * size + d), odd);
+    }
+    if (j < keys) even = _mm512_fmadd_ps(_mm512_set1_ps(scores[j]), _mm512_loadu_ps(v + j * size + d), even);
+    _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_add_ps(even, odd), inverse));
+  }
+}
+
+AVX512 void add_norm512(const Joint& f, size_t row) {
+  const size_t n = f.n;
+  const float *a = f.a + row * n, *b = f.b + row * n;
+  float *sum = f.sum + row * n, *out = f.out + row * n;
+  __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 in = lanes(n - i);
+    const __m512 x = _mm512_add_ps(_mm512_maskz_loadu_ps(in, a + i), _mm512_maskz_loadu_ps(in, b + i));
+    _mm512_mask_storeu_ps(sum + i, in, x);
+    total = _mm512_add_ps(total, x);
+  }
+  const __m512 mean = _mm512_set1_ps(f.shift ? _mm512_reduce_add_ps(total) / static_cast<float>(n) : 0.0f);
+  for (size_t i = 0; i < n; i += 16) {
+    const __m512 d = _mm512_maskz_sub_ps(lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), sum + i), mean);
+    squares = _mm512_fmadd_ps(d, d, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + f.epsilon));
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 in = lanes(n - i);
+    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, sum + i), mean), scale);
+    const __m512 shift = f.shift ? _mm512_maskz_loadu_ps(in, f.shift + i) : _mm512_setzero_ps();
+    _mm512_mask_storeu_ps(out + i, in, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(in, f.gain + i), shift));
+  }
+}
+
+AVX512 void gate512(const float* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 in = lanes(n - i);
+    const __m512 gate = activate512(_mm512_maskz_loadu_ps(in, x + i), Activation::kSilu);
+    _mm512_mask_storeu_ps(out + i, in, _mm512_mul_ps(gate, _mm512_maskz_loadu_ps(in, x + n + i)));
+  }
+}
+
+AVX512 void to_bfloats512(const float* x, size_t n, uint16_t* out) {
+  for (size_t i = 0; i < n; i += 16)
+    _mm256_mask_storeu_epi16(out + i, lanes(n - i), bfloats512(_mm512_maskz_loadu_ps(lanes(n - i), x + i)));
 }
 
 #endif  // HAS_AVX512
@@ -658,6 +823,23 @@ void attend(const Head& head, std::vector<uint32_t>& scratch) {
   if (has_vnni()) return has_bfloat() ? attend512<true>(head, scratch) : attend512<false>(head, scratch);
 #endif
   attend_plain(head, scratch);
+}
+
+#if HAS_AVX512
+#define CHOOSE(fast, plain) (has_vnni() ? (fast) : (plain))
+#else
+#define CHOOSE(fast, plain) (plain)
+#define rotate512 rotate_plain
+#define attend_row512 attend_row_plain
+#define add_norm512 add_norm_plain
+#define gate512 gate_plain
+#endif
+
+void to_bfloats(const float* x, size_t n, uint16_t* out) {
+#if HAS_AVX512
+  if (has_vnni()) return to_bfloats512(x, n, out);
+#endif
+  for (size_t i = 0; i < n; ++i) out[i] = to_bfloat(x[i]);
 }
 
 void tile(const Product& p, size_t row, size_t rows, size_t panel) {
@@ -700,8 +882,8 @@ float scalar(const Tensor& tensor) { return *tensor.as<float>(); }
 struct Kernel {
   Table api;
   Activation activation = Activation::kNone;
-  int64_t n = 0, heads = 0;
-  float epsilon = 0;
+  int64_t n = 0, heads = 0, groups = 0;
+  float epsilon = 0, scale = 0;
 };
 
 // The inputs that the two forms of Linear share: x, weight, sums, scales, x_scale, x_zero, bias.
@@ -764,6 +946,15 @@ ort::Status* linear_bfloat16(const Kernel& kernel, const Run& run) {
   return nullptr;
 }
 
+// Rows are shared among threads where there are many.
+template <typename Work>
+void by_rows(const Run& run, size_t rows, const Work& work) {
+  const size_t block = 16;
+  run.parallel((rows + block - 1) / block, kStretches, [&](size_t task) {
+    for (size_t i = task * block; i < std::min(rows, (task + 1) * block); ++i) work(i);
+  });
+}
+
 // The inputs of a normalization from `first` on: gain, shift, multiply, add, y_scale, y_zero.
 ort::Status* read_norm(const Run& run, const Kernel& kernel, size_t first, const std::vector<int64_t>& shape, Norm& norm) {
   const Tensor gain = run.input(first), shift = run.input(first + 1), multiply = run.input(first + 2), add = run.input(first + 3);
@@ -824,11 +1015,22 @@ ort::Status* layer_norm_uint8(const Kernel& kernel, const Run& run) {
   const Tensor x = run.input(0);
   Norm norm{};
   if (ort::Status* status = read_norm(run, kernel, 1, x.shape, norm)) return status;
-  const size_t block = 16, rows = x.rows();
-  run.parallel((rows + block - 1) / block, kStretches, [&](size_t task) {
-    for (size_t i = task * block; i < std::min(rows, (task + 1) * block); ++i) normalize(norm, i, x.as<float>() + i * norm.n);
-  });
+  by_rows(run, x.rows(), [&](size_t row) { normalize(norm, row, x.as<float>() + row * norm.n); });
   return nullptr;
+}
+
+// Strides of a mask [B, H, S, T] by batch, head and query, 0 where a dimension is 1.
+bool mask_strides(const Tensor& mask, size_t batch, size_t heads, size_t tokens, size_t keys, size_t strides[3]) {
+  const size_t full[3] = {batch, heads, tokens};
+  if (mask.shape.size() != 4 || mask.last() != keys) return false;
+  size_t step = keys;
+  for (const int axis : {2, 1, 0}) {
+    const size_t dim = static_cast<size_t>(mask.shape[axis]);
+    if (dim != 1 && dim != full[axis]) return false;
+    strides[axis] = dim == 1 ? 0 : step;
+    step *= dim;
+  }
+  return true;
 }
 
 ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
@@ -838,19 +1040,8 @@ ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
     return run.fault("scalefold::AttentionUint8 takes [batch, tokens, 3 * heads * size], size a multiple of 16 up to 256");
   const size_t batch = static_cast<size_t>(x.shape[0]), tokens = static_cast<size_t>(x.shape[1]);
   size_t strides[3] = {0, 0, 0};  // of the mask, by batch, head and query
-  if (mask) {
-    const auto fits = [&](size_t axis, size_t full) {
-      const size_t dim = static_cast<size_t>(mask.shape[axis]);
-      return dim == 1 || dim == full;
-    };
-    if (mask.shape.size() != 4 || !fits(0, batch) || !fits(1, heads) || !fits(2, tokens) || mask.last() != tokens)
-      return run.fault("the mask of a scalefold::AttentionUint8 does not fit: [batch, heads, tokens, tokens], or 1s");
-    size_t step = tokens;
-    for (const int axis : {2, 1, 0}) {
-      strides[axis] = mask.shape[axis] == 1 ? 0 : step;
-      step *= static_cast<size_t>(mask.shape[axis]);
-    }
-  }
+  if (mask && !mask_strides(mask, batch, heads, tokens, tokens, strides))
+    return run.fault("the mask of a scalefold::AttentionUint8 does not fit: [batch, heads, tokens, tokens], or 1s");
   Head head{};
   head.stride = 3 * heads * size;
   head.mask_stride = strides[2];
@@ -875,6 +1066,166 @@ ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
     each.last = std::min(tokens, each.first + block);
     attend(each, scratch);
   });
+  return nullptr;
+}
+
+void rotate(const Cached& c, const float* row, size_t angle, float* out) {
+  if (c.cosines == nullptr) return static_cast<void>(std::memcpy(out, row, c.size * sizeof(float)));
+  CHOOSE(rotate512, rotate_plain)(row, c.cosines + angle, c.sines + angle, c.size / 2, out);
+}
+
+// Keys and values of one head of them: those of the cache, and the new ones behind.
+void extend(const Cached& c, size_t b, size_t g) {
+  const size_t half = c.size / 2, head = b * c.groups + g;
+  float *k = c.k + head * c.total() * c.size, *v = c.v + head * c.total() * c.size;
+  std::memcpy(k, c.past_k + head * c.past * c.size, c.past * c.size * sizeof(float));
+  std::memcpy(v, c.past_v + head * c.past * c.size, c.past * c.size * sizeof(float));
+  for (size_t s = 0; s < c.tokens; ++s) {
+    const float* row = c.qkv + (b * c.tokens + s) * c.width() + (c.heads + g) * c.size;
+    const size_t angle = (b * c.tokens + s) * half, to = (c.past + s) * c.size;
+    rotate(c, row, angle, k + to);
+    std::memcpy(v + to, row + c.groups * c.size, c.size * sizeof(float));
+  }
+}
+
+// The query of a token for one head, rotated.
+void query(const Cached& c, size_t b, size_t s, size_t head, float* out) {
+  const size_t angle = (b * c.tokens + s) * c.size / 2;
+  const float* row = c.qkv + (b * c.tokens + s) * c.width() + head * c.size;
+  rotate(c, row, angle, out);
+}
+
+// One token or few: rows of scores, in float.
+void attend_few(const Run& run, const Cached& c) {
+  run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
+    const size_t b = task / c.groups, g = task % c.groups, shared = c.heads / c.groups;
+    thread_local std::vector<float> scratch;
+    scratch.resize(c.total() + 16 + c.size);
+    extend(c, b, g);
+    const float *k = c.k + task * c.total() * c.size, *v = c.v + task * c.total() * c.size;
+    for (size_t s = 0; s < c.tokens; ++s) {
+      for (size_t head = g * shared; head < (g + 1) * shared; ++head) {
+        query(c, b, s, head, scratch.data());
+        CHOOSE(attend_row512, attend_row_plain)(scratch.data(), k, v, c.total(), c.size, c.scale, c.mask_row(b, head, s),
+                                                scratch.data() + c.size,
+                                                c.out + ((b * c.tokens + s) * c.heads + head) * c.size);
+      }
+    }
+  });
+}
+
+// How many keys the queries [first, last) see at most: those behind are masked for all of them.
+size_t seen(const Cached& c, size_t b, size_t head, size_t first, size_t last) {
+  size_t count = 1;
+  for (size_t s = first; s < last; ++s) {
+    const float* mask = c.mask_row(b, head, s);
+    size_t end = c.total();
+    while (end > count && mask[end - 1] < -1e30f) --end;
+    count = std::max(count, end);
+  }
+  return count;
+}
+
+// A prompt: products of bfloat16.
+void attend_many(const Run& run, const Cached& c) {
+  const size_t total = c.total(), keys = c.batch * c.groups * total * c.size, shared = c.heads / c.groups;
+  thread_local std::vector<uint16_t> kept;
+  kept.resize(2 * keys);
+  uint16_t *k = kept.data(), *v = k + keys;
+  run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
+    extend(c, task / c.groups, task % c.groups);
+    const size_t first = task * total * c.size;
+    to_bfloats(c.k + first, total * c.size, k + first);
+    to_bfloats(c.v + first, total * c.size, v + first);
+  });
+  const size_t block = 96, blocks = (c.tokens + block - 1) / block;
+  run.parallel(c.batch * c.heads * blocks, 4 * kStretches, [&](size_t task) {
+    const size_t b = task / blocks / c.heads, head = task / blocks % c.heads, first = task % blocks * block;
+    const size_t rows = std::min(block, c.tokens - first);
+    thread_local std::vector<uint32_t> scratch;
+    thread_local std::vector<uint16_t> queries;
+    thread_local std::vector<float> rotated;
+    queries.resize(rows * c.size);
+    rotated.resize(c.size);
+    for (size_t s = 0; s < rows; ++s) {
+      query(c, b, first + s, head, rotated.data());
+      to_bfloats(rotated.data(), c.size, queries.data() + s * c.size);
+    }
+    Head each{};
+    each.q = queries.data();
+    each.k = k + (b * c.groups + head / shared) * total * c.size;
+    each.v = v + (b * c.groups + head / shared) * total * c.size;
+    each.mask = c.mask_row(b, head, first);
+    each.mask_stride = c.mask_strides[2];
+    each.stride = c.size;
+    each.keys = seen(c, b, head, first, first + rows);
+    each.size = c.size;
+    each.last = rows;
+    each.scale = c.scale;
+    each.out_float = c.out + ((b * c.tokens + first) * c.heads + head) * c.size;
+    each.out_stride = c.heads * c.size;
+    attend(each, scratch);
+  });
+}
+
+ort::Status* cached_attention(const Kernel& kernel, const Run& run) {
+  const Tensor qkv = run.input(0), past_k = run.input(1), past_v = run.input(2), mask = run.input(3);
+  const Tensor cosines = run.input(4), sines = run.input(5);
+  Cached c{};
+  c.heads = static_cast<size_t>(kernel.heads);
+  c.groups = static_cast<size_t>(kernel.groups);
+  c.size = qkv.last() / (c.heads + 2 * c.groups);
+  if (qkv.shape.size() != 3 || qkv.last() != c.width() || c.heads % c.groups || c.size % 16 || c.size > 256 ||
+      past_k.shape.size() != 4 || past_k.shape != past_v.shape)
+    return run.fault("scalefold::CachedAttention takes [batch, tokens, (heads + 2 * groups) * size] and a cache that fits");
+  c.batch = static_cast<size_t>(qkv.shape[0]);
+  c.tokens = static_cast<size_t>(qkv.shape[1]);
+  c.past = static_cast<size_t>(past_k.shape[2]);
+  const std::vector<int64_t> grown = {qkv.shape[0], kernel.groups, static_cast<int64_t>(c.total()),
+                                      static_cast<int64_t>(c.size)};
+  if (past_k.shape[0] != grown[0] || past_k.shape[1] != grown[1] || past_k.shape[3] != grown[3] ||
+      !mask_strides(mask, c.batch, c.heads, c.tokens, c.total(), c.mask_strides))
+    return run.fault("the cache or the mask of a scalefold::CachedAttention does not fit its tokens");
+  const size_t angles = c.batch * c.tokens * c.size / 2;
+  if (cosines && (cosines.size() != angles || sines.size() != angles))
+    return run.fault("the angles of a scalefold::CachedAttention do not fit its tokens");
+  c.qkv = qkv.as<float>();
+  c.past_k = past_k.as<float>();
+  c.past_v = past_v.as<float>();
+  c.cosines = cosines.as<float>();
+  c.sines = sines.as<float>();
+  c.mask = mask.as<float>();
+  c.scale = kernel.scale > 0 ? kernel.scale : 1.0f / std::sqrt(static_cast<float>(c.size));
+  c.out = run.output(0, with_last(qkv.shape, static_cast<int64_t>(c.heads * c.size))).as<float>();
+  c.k = run.output(1, grown).as<float>();
+  c.v = run.output(2, grown).as<float>();
+  c.tokens < 8 ? attend_few(run, c) : attend_many(run, c);
+  return nullptr;
+}
+
+ort::Status* add_norm(const Kernel& kernel, const Run& run) {
+  const Tensor a = run.input(0), b = run.input(1), gain = run.input(2), shift = run.input(3);
+  if (a.shape != b.shape || gain.size() != a.last() || (shift && shift.size() != a.last()))
+    return run.fault("the values of a scalefold::AddNorm do not fit each other");
+  Joint f{};
+  f.a = a.as<float>();
+  f.b = b.as<float>();
+  f.gain = gain.as<float>();
+  f.shift = shift.as<float>();
+  f.epsilon = kernel.epsilon;
+  f.n = a.last();
+  f.sum = run.output(0, a.shape).as<float>();
+  f.out = run.output(1, a.shape).as<float>();
+  by_rows(run, a.rows(), [&](size_t row) { CHOOSE(add_norm512, add_norm_plain)(f, row); });
+  return nullptr;
+}
+
+ort::Status* gated_silu(const Kernel&, const Run& run) {
+  const Tensor x = run.input(0);
+  const size_t n = x.last() / 2;
+  if (x.last() != 2 * n) return run.fault("scalefold::GatedSilu takes two halves side by side");
+  float* out = run.output(0, with_last(x.shape, static_cast<int64_t>(n))).as<float>();
+  by_rows(run, x.rows(), [&](size_t row) { CHOOSE(gate512, gate_plain)(x.as<float>() + 2 * row * n, n, out + row * n); });
   return nullptr;
 }
 
@@ -904,13 +1255,21 @@ int64_t integer_attribute(Table api, const ort::Info* info, const char* name) {
   return value;
 }
 
+float float_attribute(Table api, const ort::Info* info, const char* name) {
+  float value = 0;
+  if (void* status = ort::call<void*>(api, 85, info, name, &value)) ort::call<void>(api, 93, status);
+  return value;
+}
+
 ort::Status* create(const ort::CustomOp* op, Table api, const ort::Info* info, void** made) {
   auto* instance = new Instance{{api}, of(op).compute};
   Kernel& kernel = instance->kernel;
   kernel.n = integer_attribute(api, info, "N");
   kernel.heads = std::max<int64_t>(1, integer_attribute(api, info, "heads"));
   kernel.activation = static_cast<Activation>(integer_attribute(api, info, "activation"));
-  if (void* status = ort::call<void*>(api, 85, info, "epsilon", &kernel.epsilon)) ort::call<void>(api, 93, status);
+  kernel.groups = std::max<int64_t>(1, integer_attribute(api, info, "groups"));
+  kernel.epsilon = float_attribute(api, info, "epsilon");
+  kernel.scale = float_attribute(api, info, "scale");
   *made = instance;
   return nullptr;
 }
@@ -958,6 +1317,9 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
            {kFloat, kUint8}, 14, linear_norm_uint8),
       make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
+      make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4, cached_attention),
+      make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
+      make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),
   };
   static Domain* domain = nullptr;
   if (domain == nullptr) {

@@ -11,6 +11,7 @@ from scalefold.passes.clip_ranges import ClipRanges
 from scalefold.passes.fit_activations import FitActivations
 from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
+from scalefold.passes.fuse_decoder import FuseDecoder
 from scalefold.passes.fuse_kernels import FuseKernels
 from scalefold.passes.insert_qdq import InsertQdq
 from scalefold.passes.learn_scales import LearnScales
@@ -62,7 +63,7 @@ LOWER: dict[Target, tuple[Pass, ...]] = {
     "qdq": (QuantizeBias(),),
 }
 
-FUSE: tuple[Pass, ...] = (FuseKernels(),)
+FUSE: tuple[Pass, ...] = (FuseKernels(), FuseDecoder())
 """What `scalefold fuse` does to a graph that was lowered for onnxruntime-cpu."""
 
 

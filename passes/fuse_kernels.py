@@ -12,13 +12,10 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, layer_names
 from scalefold.compiler.facts import Fact, weight_array
-from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, VERSION, packed_panels
+from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, packed_panels
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 Vector = npt.NDArray[np.float32]
-HEAD_LANES = 16
-"""Sizes of heads are multiples of it."""
-
 
 @dataclass(frozen=True)
 class FuseKernels:
@@ -100,7 +97,7 @@ def _attentions(model: ir.Model) -> Iterator[Event]:
         if len(layers) < 3 or len({layer.inputs[0] for layer in layers}) > 1 or any(map(_obstacle, layers)):
             continue
         width = _width(layers[0])
-        if any(_width(layer) != width for layer in layers) or width % (heads * HEAD_LANES):
+        if any(_width(layer) != width for layer in layers) or width % (heads * HEAD_LANES) or width > heads * LARGEST_HEAD:
             continue
         joined = _side_by_side(model, layers)
         mask = attention.inputs[3] if len(attention.inputs) > 3 else None

@@ -1,0 +1,191 @@
+"""Write what a decoder does between its products as operators of scalefold's own kernel library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from scalefold.compiler import graph
+from scalefold.compiler.facts import Fact
+from scalefold.compiler.kernel_library import DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION
+from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+
+
+@dataclass(frozen=True)
+class FuseDecoder:
+    """Fuse attention behind a cache, additions in front of norms, and gated units; see compiler/kernels.cpp.
+
+    before:  q, k, v = Split(x);  Attention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v, mask, pk, pv)
+    after:   CachedAttention(x, pk, pv, mask, cos, sin)                                  or without angles
+
+    before:  h = Add(a, b);  RMSNormalization(h, gain)                                   or LayerNormalization
+    after:   h, norm = AddNorm(a, b, gain)
+
+    before:  g, u = Split(x);  Mul(Mul(g, Sigmoid(g)), u)                                or QuickGelu of alpha 1
+    after:   GatedSilu(x)
+
+    x is [B, S, (H + 2 G) D] in the first, a cache [B, G, P, D], and one head of keys and values serves H / G of queries.
+    A step of a decoder is hundreds of nodes that take as long to start as to run: this leaves a third of them. Up to
+    seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in bfloat16, and
+    leave out the keys that no query of a block sees.
+    """
+
+    name: ClassVar[str] = "fuse-decoder"
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Fuse each pattern where it stands; decline attention behind a cache that is another."""
+        declined: list[Event] = []
+        rewrites = [*_attentions(model, declined), *_norms(model), *_gates(model)]
+        if rewrites:
+            graph.require_opset(model, DOMAIN, VERSION)
+            graph.sweep(model)
+        return PassResult(tuple(rewrites), tuple(declined))
+
+
+def _attentions(model: ir.Model, declined: list[Event]) -> Iterator[Event]:
+    for attention in graph.nodes(model, "Attention"):
+        if len(attention.outputs) < 3 or len(attention.inputs) < 6:
+            continue
+        heads, groups = (_integer(attention, name) for name in ("q_num_heads", "kv_num_heads"))
+        mask, past = attention.inputs[3], attention.inputs[4:6]
+        split = _origin(attention)
+        reason = _obstacle(attention, split, heads, groups)
+        if reason or split is None:
+            declined.append(Event(attention, reason))
+            continue
+        rotary = graph.producer(attention.inputs[0], "RotaryEmbedding")
+        angles = list(rotary.inputs[1:3]) if rotary is not None else []
+        attributes: dict[str, int | float] = {"heads": heads, "groups": groups}
+        scale = graph.attribute(attention, "scale")
+        if isinstance(scale, float):
+            attributes["scale"] = scale
+        fused = ir.node(
+            "CachedAttention",
+            [split.inputs[0], *past, mask, *angles],
+            attributes,
+            num_outputs=3,
+            domain=DOMAIN,
+            name=attention.name,
+        )
+        graph.insert_after(attention, [fused])
+        for old, new in zip(attention.outputs[:3], fused.outputs, strict=True):
+            graph.stand_in(old, new)
+        yield Event(fused, "attention and its cache by one operator")
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    found = graph.attribute(node, name, 0)
+    return found if isinstance(found, int) else 0
+
+
+def _origin(attention: ir.Node) -> ir.Node | None:
+    """The Split that queries, keys and values come from, rotated or not."""
+    values = [_unrotated(value) for value in attention.inputs[:2]] + [attention.inputs[2]]
+    splits = {graph.producer(value, "Split") for value in values}
+    split = splits.pop() if len(splits) == 1 else None
+    return split if split is not None and list(split.outputs) == values else None
+
+
+def _unrotated(value: ir.Value | None) -> ir.Value | None:
+    rotary = graph.producer(value, "RotaryEmbedding")
+    return value if rotary is None else rotary.inputs[0]
+
+
+def _obstacle(attention: ir.Node, split: ir.Node | None, heads: int, groups: int) -> str:
+    if split is None or graph.attribute(split, "axis", 0) not in (-1, 2):
+        return "its queries, keys and values do not lie side by side"
+    if set(attention.attributes) - {"q_num_heads", "kv_num_heads", "scale", "is_causal", "softcap"} or any(
+        graph.attribute(attention, name, 0) for name in ("is_causal", "softcap")
+    ):
+        return "it is no plain attention"
+    mask, sizes = attention.inputs[3], graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
+    if mask is None or mask.dtype != ir.DataType.FLOAT or graph.rank(mask) != 4 or any(attention.inputs[6:]):
+        return "it has no mask of floats [batch, heads, tokens, keys]"
+    if any(value is None or value.dtype != ir.DataType.FLOAT for value in attention.inputs[4:6]):
+        return "its cache is not float"
+    if sizes is None or not heads or not groups or heads % groups:
+        return "its heads are not known"
+    size = int(sizes[0]) // heads
+    if sizes.tolist() != [heads * size, groups * size, groups * size] or size % HEAD_LANES or size > LARGEST_HEAD:
+        return f"its heads are of {size} numbers, no multiple of {HEAD_LANES} up to {LARGEST_HEAD}"
+    rotaries = [graph.producer(value, "RotaryEmbedding") for value in attention.inputs[:2]]
+    if rotaries == [None, None]:
+        return ""
+    queries, keys = rotaries
+    if queries is None or keys is None or any(queries.inputs[i] is not keys.inputs[i] for i in (1, 2)):
+        return "queries and keys are rotated by different angles"
+    plain = all(
+        len(node.inputs) == 3
+        and not _integer(node, "interleaved")
+        and _integer(node, "rotary_embedding_dim") in (0, size)
+        and _integer(node, "num_heads") == count
+        for node, count in ((queries, heads), (keys, groups))
+    )
+    return "" if plain else "it is rotated in another way"
+
+
+def _norms(model: ir.Model) -> Iterator[Event]:
+    for norm in graph.nodes(model, "RMSNormalization", "LayerNormalization"):
+        add = graph.producer(norm.inputs[0], "Add")
+        gain, *shift = (graph.constant(value) for value in norm.inputs[1:])
+        if add is None or gain is None or any(array is None for array in shift):
+            continue
+        a, b = add.inputs[:2]
+        rank = graph.rank(norm.inputs[0])
+        if a is None or b is None or a.shape is None or a.shape != b.shape or rank is None:
+            continue
+        if graph.attribute(norm, "axis", -1) not in (-1, rank - 1) or len(norm.outputs) > 1 or a.dtype != ir.DataType.FLOAT:
+            continue
+        size = a.shape[-1]
+        if any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
+            continue
+        epsilon = graph.attribute(norm, "epsilon", 1e-5)
+        assert isinstance(epsilon, float)
+        fused = ir.node(
+            "AddNorm", [a, b, *norm.inputs[1:]], {"epsilon": epsilon}, num_outputs=2, domain=DOMAIN, name=norm.name
+        )
+        graph.insert_after(add, [fused])
+        graph.stand_in(add.outputs[0], fused.outputs[0])
+        graph.stand_in(norm.outputs[0], fused.outputs[1])
+        yield Event(fused, "addition and normalization by one operator")
+
+
+def _gates(model: ir.Model) -> Iterator[Event]:
+    for product in graph.nodes(model, "Mul"):
+        for gated, up in (product.inputs[:2], product.inputs[1::-1]):
+            gate = _silu_input(gated)
+            split = graph.producer(gate, "Split")
+            if split is None or up is None or list(split.outputs) != [gate, up] or not _halves(split):
+                continue
+            fused = ir.node("GatedSilu", [split.inputs[0]], domain=DOMAIN, name=product.name)
+            graph.insert_after(product, [fused])
+            graph.stand_in(product.outputs[0], fused.outputs[0])
+            yield Event(fused, "gated unit by one operator")
+            break
+
+
+def _silu_input(value: ir.Value | None) -> ir.Value | None:
+    """x where a value is x Sigmoid(x), or None."""
+    node = graph.producer(value, "Mul", "QuickGelu")
+    if node is None or value is None or graph.only_consumer(value) is None:
+        return None
+    if node.op_type == "QuickGelu":
+        return node.inputs[0] if graph.attribute(node, "alpha", 1.702) == 1.0 else None
+    for x, other in (node.inputs[:2], node.inputs[1::-1]):
+        sigmoid = graph.producer(other, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is x:
+            return x
+    return None
+
+
+def _halves(split: ir.Node) -> bool:
+    sizes = graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
+    rank = graph.rank(split.inputs[0]) or 0
+    return sizes is not None and len(set(sizes.tolist())) == 1 and graph.attribute(split, "axis", 0) in (-1, rank - 1)
