@@ -34,7 +34,7 @@ LIBRARY = "scalefold_kernels.so"
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """The values of the attribute `activation`, in order."""
 
-PRODUCTS = frozenset({"Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8"})
+PRODUCTS = frozenset({"Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8", "RowLinear"})
 """The operators that multiply by a weight."""
 
 HEAD_LANES = 16

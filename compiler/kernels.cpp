@@ -7,6 +7,9 @@
 //   LinearNormUint8    h = LayerNormalization(Linear(...)); (h m + a, quantize(h))
 //   LayerNormUint8     h = LayerNormalization(x); (h m + a, quantize(h))
 //   AttentionUint8     softmax(q k^T / sqrt(D) + mask) v, quantized; q, k, v side by side in one bfloat16 [B, S, 3 H D]
+//   RowLinear          Linear of float rows that are brought to codes on the way in: normalized, gated, or as they are; by
+//                      one step for all, or each row by its own range
+//   LookUp             rows of a table that is stored as the weight of a Linear, times their scales
 //   CachedAttention    attention of new tokens behind a cache, rotated where there are angles, and the cache with them
 //   AddNorm            x = a + b; (x, LayerNormalization(x) or RMSNormalization(x))
 //   GatedSilu          silu(x[..., :N]) x[..., N:]
@@ -45,7 +48,7 @@ struct Options;
 struct Domain;
 struct Shape;
 constexpr uint32_t kVersion = 17;
-enum Type { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kBfloat16 = 16 };
+enum Type { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBfloat16 = 16 };
 enum Code { kInvalidArgument = 2 };
 
 using Table = void* const*;
@@ -179,8 +182,8 @@ struct Finish {
   const float* scales;        // [N]
   const float* bias;          // [N]
   const float* residual;      // [M, N] or null
-  const float* row_scales;    // [M], or null: x_scale for all
-  const int32_t* row_zeros;   // [M], or null: x_zero for all
+  const float* row_steps;     // [M], each row's own step, and then its least value; or null: x_scale and x_zero for all
+  const float* row_lows;      // [M]
   float x_scale;
   int32_t x_zero;
   Activation activation;
@@ -248,12 +251,11 @@ void tile_plain(const Product& p, size_t row, size_t rows, size_t panel) {
       for (size_t j = 0; j < kWidth; ++j)
         sums[j] += x[0] * w[4 * j] + x[1] * w[4 * j + 1] + x[2] * w[4 * j + 2] + x[3] * w[4 * j + 3];
     }
-    const float scale = f.row_scales ? f.row_scales[i] : f.x_scale;
-    const int32_t zero = f.row_zeros ? f.row_zeros[i] : f.x_zero;
     for (size_t j = 0; j < columns; ++j) {
       const size_t at = first + j, to = i * f.n + at;
-      const float sum = static_cast<float>(sums[j] - zero * f.sums[at]);
-      const float y = activate(sum * (scale * f.scales[at]) + f.bias[at], f.activation);
+      const float sum = f.row_steps ? static_cast<float>(sums[j]) * f.row_steps[i] + f.row_lows[i] * static_cast<float>(f.sums[at])
+                                    : static_cast<float>(sums[j] - f.x_zero * f.sums[at]) * f.x_scale;
+      const float y = activate(sum * f.scales[at] + f.bias[at], f.activation);
       if (f.out_codes) f.out_codes[to] = to_code(y, f.inverse, f.zero);
       if (f.out_bfloat) f.out_bfloat[to] = to_bfloat(y);
       if (f.out_float) f.out_float[to - f.out_first * f.n] = f.residual ? y + f.residual[to] : y;
@@ -366,23 +368,55 @@ void attend_row_plain(const float* q, const float* k, const float* v, size_t key
   for (size_t d = 0; d < size; ++d) out[d] /= total;
 }
 
-// A sum of two values and its normalization.
+// A sum of two values and its normalization; of `a` alone where `b` is null.
 struct Joint {
   const float *a, *b, *gain, *shift;  // shift is null for RMSNormalization
   float epsilon;
   size_t n;
-  float *sum, *out;
+  float* sum;
 };
 
-void add_norm_plain(const Joint& f, size_t row) {
-  const float *a = f.a + row * f.n, *b = f.b + row * f.n;
-  float *sum = f.sum + row * f.n, *out = f.out + row * f.n;
+void add_norm_plain(const Joint& f, size_t row, float* out) {
+  const float* a = f.a + row * f.n;
+  const float* sum = f.b ? f.sum + row * f.n : a;
   double total = 0, squares = 0;
-  for (size_t i = 0; i < f.n; ++i) total += sum[i] = a[i] + b[i];
+  for (size_t i = 0; i < f.n && f.b; ++i) f.sum[row * f.n + i] = a[i] + f.b[row * f.n + i];
+  for (size_t i = 0; i < f.n; ++i) total += sum[i];
   const float mean = f.shift ? static_cast<float>(total / static_cast<double>(f.n)) : 0.0f;
   for (size_t i = 0; i < f.n; ++i) squares += static_cast<double>(sum[i] - mean) * (sum[i] - mean);
   const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(f.n)) + f.epsilon);
   for (size_t i = 0; i < f.n; ++i) out[i] = (sum[i] - mean) * scale * f.gain[i] + (f.shift ? f.shift[i] : 0.0f);
+}
+
+// A row to codes; where it is to have its own range, (step, least value) are that.
+struct Codes {
+  bool own_range;
+  float inverse;
+  int32_t zero;
+};
+
+constexpr float kSmallest = 1e-30f;
+
+void encode_plain(const Codes& c, const float* x, size_t n, uint8_t* codes, float& step, float& low) {
+  float inverse = c.inverse;
+  int32_t zero = c.zero;
+  low = 0;
+  if (c.own_range) {
+    float high = low = x[0];
+    for (size_t i = 1; i < n; ++i) low = std::min(low, x[i]), high = std::max(high, x[i]);
+    const float span = std::max(high - low, kSmallest);
+    inverse = 255.0f / span;
+    step = span / 255.0f;
+    zero = 0;
+  }
+  for (size_t i = 0; i < n; ++i) codes[i] = to_code(x[i] - low, inverse, zero);
+}
+
+// A row of a table in panels, times its scale.
+void look_up_plain(const int8_t* panels, size_t k, size_t row, float scale, float* out) {
+  const int8_t* from = panels + row / kWidth * kWidth * k + row % kWidth * 4;
+  for (size_t i = 0; i < k; i += 4)
+    for (size_t j = 0; j < 4; ++j) out[i + j] = static_cast<float>(from[i * kWidth + j]) * scale;
 }
 
 void gate_plain(const float* x, size_t n, float* out) {
@@ -472,15 +506,17 @@ AVX512 inline __m128i codes512(__m512 x, __m512 inverse, __m512i zero) {
 
 // Columns [first, first + 64) of row i, from its integer sums.
 AVX512 inline void finish512(const Finish& f, size_t i, const int32_t* sums, size_t first) {
-  const __m512 scale = _mm512_set1_ps(f.row_scales ? f.row_scales[i] : f.x_scale);
-  const __m512i x_zero = _mm512_set1_epi32(f.row_zeros ? f.row_zeros[i] : f.x_zero);
+  const bool by_row = f.row_steps != nullptr;
+  const __m512 scale = _mm512_set1_ps(by_row ? f.row_steps[i] : f.x_scale), low = _mm512_set1_ps(by_row ? f.row_lows[i] : 0.0f);
+  const __m512i x_zero = _mm512_set1_epi32(by_row ? 0 : f.x_zero);
   for (size_t at = first; at < first + kWidth && at < f.n; at += 16, sums += 16) {
     const size_t left = f.n - at, to = i * f.n + at;
     const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    const __m512i centre = _mm512_mullo_epi32(x_zero, _mm512_maskz_loadu_epi32(mask, f.sums + at));
-    __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), centre));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, f.scales + at)),
-                        _mm512_maskz_loadu_ps(mask, f.bias + at));
+    const __m512i columns = _mm512_maskz_loadu_epi32(mask, f.sums + at);
+    const __m512i centred = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_mullo_epi32(x_zero, columns));
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(centred), scale);
+    if (by_row) y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(columns), low, y);
+    y = _mm512_fmadd_ps(y, _mm512_maskz_loadu_ps(mask, f.scales + at), _mm512_maskz_loadu_ps(mask, f.bias + at));
     y = activate512(y, f.activation);
     if (f.out_codes)
       _mm_mask_storeu_epi8(f.out_codes + to, mask, codes512(y, _mm512_set1_ps(f.inverse), _mm512_set1_epi32(f.zero)));
@@ -751,15 +787,18 @@ AVX512 void attend_row512(const float* q, const float* k, const float* v, size_t
   }
 }
 
-AVX512 void add_norm512(const Joint& f, size_t row) {
+AVX512 void add_norm512(const Joint& f, size_t row, float* out) {
   const size_t n = f.n;
-  const float *a = f.a + row * n, *b = f.b + row * n;
-  float *sum = f.sum + row * n, *out = f.out + row * n;
+  const float *a = f.a + row * n, *b = f.b ? f.b + row * n : nullptr;
+  const float* sum = b ? f.sum + row * n : a;
   __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (size_t i = 0; i < n; i += 16) {
     const __mmask16 in = lanes(n - i);
-    const __m512 x = _mm512_add_ps(_mm512_maskz_loadu_ps(in, a + i), _mm512_maskz_loadu_ps(in, b + i));
-    _mm512_mask_storeu_ps(sum + i, in, x);
+    __m512 x = _mm512_maskz_loadu_ps(in, a + i);
+    if (b) {
+      x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(in, b + i));
+      _mm512_mask_storeu_ps(f.sum + row * n + i, in, x);
+    }
     total = _mm512_add_ps(total, x);
   }
   const __m512 mean = _mm512_set1_ps(f.shift ? _mm512_reduce_add_ps(total) / static_cast<float>(n) : 0.0f);
@@ -782,6 +821,30 @@ AVX512 void gate512(const float* x, size_t n, float* out) {
     const __mmask16 in = lanes(n - i);
     const __m512 gate = activate512(_mm512_maskz_loadu_ps(in, x + i), Activation::kSilu);
     _mm512_mask_storeu_ps(out + i, in, _mm512_mul_ps(gate, _mm512_maskz_loadu_ps(in, x + n + i)));
+  }
+}
+
+AVX512 void encode512(const Codes& c, const float* x, size_t n, uint8_t* codes, float& step, float& low) {
+  __m512 inverse = _mm512_set1_ps(c.inverse), least = _mm512_setzero_ps();
+  __m512i zero = _mm512_set1_epi32(c.zero);
+  low = 0;
+  if (c.own_range) {
+    __m512 most = least = _mm512_set1_ps(x[0]);
+    for (size_t i = 0; i < n; i += 16) {
+      const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(x[0]), lanes(n - i), x + i);
+      least = _mm512_min_ps(least, v);
+      most = _mm512_max_ps(most, v);
+    }
+    low = _mm512_reduce_min_ps(least);
+    const float span = std::max(_mm512_reduce_max_ps(most) - low, kSmallest);
+    least = _mm512_set1_ps(low);
+    inverse = _mm512_set1_ps(255.0f / span);
+    step = span / 255.0f;
+    zero = _mm512_setzero_si512();
+  }
+  for (size_t i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), least);
+    _mm_mask_storeu_epi8(codes + i, lanes(n - i), codes512(v, inverse, zero));
   }
 }
 
@@ -833,6 +896,7 @@ void attend(const Head& head, std::vector<uint32_t>& scratch) {
 #define attend_row512 attend_row_plain
 #define add_norm512 add_norm_plain
 #define gate512 gate_plain
+#define encode512 encode_plain
 #endif
 
 void to_bfloats(const float* x, size_t n, uint16_t* out) {
@@ -882,7 +946,7 @@ float scalar(const Tensor& tensor) { return *tensor.as<float>(); }
 struct Kernel {
   Table api;
   Activation activation = Activation::kNone;
-  int64_t n = 0, heads = 0, groups = 0;
+  int64_t n = 0, heads = 0, groups = 0, gated = 0;
   float epsilon = 0, scale = 0;
 };
 
@@ -1215,8 +1279,8 @@ ort::Status* add_norm(const Kernel& kernel, const Run& run) {
   f.epsilon = kernel.epsilon;
   f.n = a.last();
   f.sum = run.output(0, a.shape).as<float>();
-  f.out = run.output(1, a.shape).as<float>();
-  by_rows(run, a.rows(), [&](size_t row) { CHOOSE(add_norm512, add_norm_plain)(f, row); });
+  float* out = run.output(1, a.shape).as<float>();
+  by_rows(run, a.rows(), [&](size_t row) { CHOOSE(add_norm512, add_norm_plain)(f, row, out + row * f.n); });
   return nullptr;
 }
 
@@ -1226,6 +1290,83 @@ ort::Status* gated_silu(const Kernel&, const Run& run) {
   if (x.last() != 2 * n) return run.fault("scalefold::GatedSilu takes two halves side by side");
   float* out = run.output(0, with_last(x.shape, static_cast<int64_t>(n))).as<float>();
   by_rows(run, x.rows(), [&](size_t row) { CHOOSE(gate512, gate_plain)(x.as<float>() + 2 * row * n, n, out + row * n); });
+  return nullptr;
+}
+
+// Inputs: x, weight, sums, scales, bias, x_scale, x_zero, gain, shift, residual; all from x_scale on may be missing.
+ort::Status* row_linear(const Kernel& kernel, const Run& run) {
+  const Tensor x = run.input(0), weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(4);
+  const Tensor x_scale = run.input(5), x_zero = run.input(6), gain = run.input(7), shift = run.input(8), residual = run.input(9);
+  Product p{};
+  const size_t n = static_cast<size_t>(kernel.n), wide = x.last();
+  p.m = x.rows();
+  p.k = kernel.gated ? wide / 2 : wide;
+  if (p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
+      bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
+      (residual && residual.size() != p.m * n))
+    return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
+  thread_local std::vector<uint8_t> codes;
+  thread_local std::vector<float> ranges;
+  codes.resize(p.m * p.k);
+  ranges.resize(2 * p.m);
+  uint8_t* all_codes = codes.data();
+  float *steps = ranges.data(), *lows = steps + p.m;
+  Codes how{!x_scale, 0, 0};
+  if (x_scale) {
+    how.inverse = 1.0f / scalar(x_scale);
+    how.zero = *x_zero.as<uint8_t>();
+    p.finish.x_scale = scalar(x_scale);
+    p.finish.x_zero = how.zero;
+  } else {
+    p.finish.row_steps = steps;
+    p.finish.row_lows = lows;
+  }
+  Joint norm{};
+  norm.a = x.as<float>();
+  norm.gain = gain.as<float>();
+  norm.shift = shift.as<float>();
+  norm.epsilon = kernel.epsilon;
+  norm.n = wide;
+  by_rows(run, p.m, [&](size_t row) {
+    thread_local std::vector<float> scratch;
+    const float* from = x.as<float>() + row * wide;
+    if (gain || kernel.gated) {
+      scratch.resize(wide);
+      if (gain) CHOOSE(add_norm512, add_norm_plain)(norm, row, scratch.data());
+      if (kernel.gated) CHOOSE(gate512, gate_plain)(gain ? scratch.data() : from, p.k, scratch.data());
+      from = scratch.data();
+    }
+    CHOOSE(encode512, encode_plain)(how, from, p.k, all_codes + row * p.k, steps[row], lows[row]);
+  });
+  p.x = all_codes;
+  p.weight = weight.as<int8_t>();
+  p.finish.sums = sums.as<int32_t>();
+  p.finish.scales = scales.as<float>();
+  p.finish.bias = bias.as<float>();
+  p.finish.residual = residual.as<float>();
+  p.finish.activation = kernel.activation;
+  p.finish.n = n;
+  p.finish.out_float = run.output(0, with_last(x.shape, kernel.n)).as<float>();
+  multiply(run, p);
+  return nullptr;
+}
+
+ort::Status* look_up(const Kernel&, const Run& run) {
+  const Tensor panels = run.input(0), scales = run.input(1), ids = run.input(2);
+  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
+  const int64_t count = static_cast<int64_t>(scales.size());
+  std::vector<int64_t> shape = ids.shape;
+  shape.push_back(static_cast<int64_t>(k));
+  const size_t rows = ids.size();
+  for (size_t i = 0; i < rows; ++i)
+    if (ids.as<int64_t>()[i] < -count || ids.as<int64_t>()[i] >= count)
+      return run.fault("an id is none of the " + std::to_string(count) + " rows of the table of a scalefold::LookUp");
+  float* out = run.output(0, shape).as<float>();
+  by_rows(run, rows, [&](size_t i) {
+    const int64_t id = ids.as<int64_t>()[i];
+    const size_t row = static_cast<size_t>(id < 0 ? id + count : id);
+    look_up_plain(panels.as<int8_t>(), k, row, scales.as<float>()[row], out + i * k);
+  });
   return nullptr;
 }
 
@@ -1267,6 +1408,7 @@ ort::Status* create(const ort::CustomOp* op, Table api, const ort::Info* info, v
   kernel.n = integer_attribute(api, info, "N");
   kernel.heads = std::max<int64_t>(1, integer_attribute(api, info, "heads"));
   kernel.activation = static_cast<Activation>(integer_attribute(api, info, "activation"));
+  kernel.gated = integer_attribute(api, info, "gated");
   kernel.groups = std::max<int64_t>(1, integer_attribute(api, info, "groups"));
   kernel.epsilon = float_attribute(api, info, "epsilon");
   kernel.scale = float_attribute(api, info, "scale");
@@ -1317,6 +1459,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
            {kFloat, kUint8}, 14, linear_norm_uint8),
       make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
+      make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat}, {kFloat}, 5, row_linear),
+      make("LookUp", {kInt8, kFloat, kInt64}, {kFloat}, 3, look_up),
       make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4, cached_attention),
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
       make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),

@@ -13,6 +13,7 @@ from scalefold.passes.fold_shift import FoldShift
 from scalefold.passes.fuse_attention import FuseAttention
 from scalefold.passes.fuse_decoder import FuseDecoder
 from scalefold.passes.fuse_kernels import FuseKernels
+from scalefold.passes.fuse_norms import FuseNorms
 from scalefold.passes.insert_qdq import InsertQdq
 from scalefold.passes.learn_scales import LearnScales
 from scalefold.passes.lower_block_matmul import LowerBlockMatmul
@@ -63,7 +64,7 @@ LOWER: dict[Target, tuple[Pass, ...]] = {
     "qdq": (QuantizeBias(),),
 }
 
-FUSE: tuple[Pass, ...] = (FuseKernels(), FuseDecoder())
+FUSE: tuple[Pass, ...] = (FuseDecoder(), FuseKernels(), FuseNorms())
 """What `scalefold fuse` does to a graph that was lowered for onnxruntime-cpu."""
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from scalefold.compiler import graph
@@ -17,20 +16,17 @@ from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 @dataclass(frozen=True)
 class FuseDecoder:
-    """Fuse attention behind a cache, additions in front of norms, and gated units; see compiler/kernels.cpp.
+    """Fuse attention behind a cache, and gated units; see compiler/kernels.cpp.
 
     before:  q, k, v = Split(x);  Attention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v, mask, pk, pv)
     after:   CachedAttention(x, pk, pv, mask, cos, sin)                                  or without angles
-
-    before:  h = Add(a, b);  RMSNormalization(h, gain)                                   or LayerNormalization
-    after:   h, norm = AddNorm(a, b, gain)
 
     before:  g, u = Split(x);  Mul(Mul(g, Sigmoid(g)), u)                                or QuickGelu of alpha 1
     after:   GatedSilu(x)
 
     x is [B, S, (H + 2 G) D] in the first, a cache [B, G, P, D], and one head of keys and values serves H / G of queries.
-    A step of a decoder is hundreds of nodes that take as long to start as to run: this leaves a third of them. Up to
-    seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in bfloat16, and
+    A step of a decoder is hundreds of nodes that take as long to start as to run: with fuse-kernels this leaves a
+    third of them. Up to seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in bfloat16, and
     leave out the keys that no query of a block sees.
     """
 
@@ -42,7 +38,7 @@ class FuseDecoder:
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Fuse each pattern where it stands; decline attention behind a cache that is another."""
         declined: list[Event] = []
-        rewrites = [*_attentions(model, declined), *_norms(model), *_gates(model)]
+        rewrites = [*_attentions(model, declined), *_gates(model)]
         if rewrites:
             graph.require_opset(model, DOMAIN, VERSION)
             graph.sweep(model)
@@ -129,32 +125,6 @@ def _obstacle(attention: ir.Node, split: ir.Node | None, heads: int, groups: int
         for node, count in ((queries, heads), (keys, groups))
     )
     return "" if plain else "it is rotated in another way"
-
-
-def _norms(model: ir.Model) -> Iterator[Event]:
-    for norm in graph.nodes(model, "RMSNormalization", "LayerNormalization"):
-        add = graph.producer(norm.inputs[0], "Add")
-        gain, *shift = (graph.constant(value) for value in norm.inputs[1:])
-        if add is None or gain is None or any(array is None for array in shift):
-            continue
-        a, b = add.inputs[:2]
-        rank = graph.rank(norm.inputs[0])
-        if a is None or b is None or a.shape is None or a.shape != b.shape or rank is None:
-            continue
-        if graph.attribute(norm, "axis", -1) not in (-1, rank - 1) or len(norm.outputs) > 1 or a.dtype != ir.DataType.FLOAT:
-            continue
-        size = a.shape[-1]
-        if any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
-            continue
-        epsilon = graph.attribute(norm, "epsilon", 1e-5)
-        assert isinstance(epsilon, float)
-        fused = ir.node(
-            "AddNorm", [a, b, *norm.inputs[1:]], {"epsilon": epsilon}, num_outputs=2, domain=DOMAIN, name=norm.name
-        )
-        graph.insert_after(add, [fused])
-        graph.stand_in(add.outputs[0], fused.outputs[0])
-        graph.stand_in(norm.outputs[0], fused.outputs[1])
-        yield Event(fused, "addition and normalization by one operator")
 
 
 def _gates(model: ir.Model) -> Iterator[Event]:

@@ -11,11 +11,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph, layer_names
-from scalefold.compiler.facts import Fact, weight_array
+from scalefold.compiler.facts import Fact, restored_rows, row_range, weight_array
 from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, packed_panels
+from scalefold.compiler.last_logits import output_layer_input
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 Vector = npt.NDArray[np.float32]
+_Packed = dict[ir.Value, tuple[ir.Value, ir.Value]]
+"""Panels and column sums by the weight they are of: layers that share one share them."""
+
 
 @dataclass(frozen=True)
 class FuseKernels:
@@ -32,6 +36,12 @@ class FuseKernels:
 
     before:  h = LayerNormalization(x);  QuantizeLinear(h, u, v);  h * m + a
     after:   LayerNormUint8(x, gain, shift, m, a, u, v), or, where x is Linear(..., r), LinearNormUint8 of all
+
+    before:  MatMulIntegerToFloat(QuantizeLinear(f, s, z), W, s, t, z)             f float, with its own range per row too
+    after:   RowLinear(f, panels of W, sums of W, t, b, s, z)
+
+    before:  f = RMSNormalization(x, gain), or GatedSilu(x), and nothing else reads f
+    after:   RowLinear of x, which does that first
 
     q is uint8 [..., K] with one scale, W int8 [K, N]; m and a are [N] and restore what was migrated, 1 and 0 where nothing
     was. Steps on floats happen while a product's sums are in registers, so what they read and write does not go through
@@ -51,17 +61,22 @@ class FuseKernels:
         norms = list(_norms(model))
         graph.sweep(model)
         made, declined = [], []
-        packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        packed: _Packed = {}
+        kept = next((value for value in _values(model) if value.name == output_layer_input(model)), None)
         for product in graph.nodes(model, "MatMulIntegerToFloat"):
             if reason := _obstacle(product):
                 declined.append(Event(product, reason))
             else:
-                made.append(_linear(model, product, packed))
+                made.append(_linear(model, product, packed, kept))
         rewrites = [*attentions, *norms, *made]
         if rewrites:
             graph.require_opset(model, DOMAIN, VERSION)
             graph.sweep(model)
         return PassResult(tuple(event for event in rewrites if event.node.graph is not None), tuple(declined))
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    return (value for node in model.graph for value in node.outputs)
 
 
 def _obstacle(product: ir.Node) -> str | None:
@@ -70,8 +85,8 @@ def _obstacle(product: ir.Node) -> str | None:
         return "its weight is no constant of int8"
     if codes.shape[0] % 4:
         return f"its {codes.shape[0]} input channels are no multiple of 4"
-    if any(reader.op_type == "Gather" for reader in _readers_of_table(product.inputs[1])):
-        return "its weight is a table that is looked up too, and stored once"
+    if _look_ups(product.inputs[1]) is None:
+        return "its weight is a table that is looked up in a way the library does not know, and stored once"
     if graph.scalar(product.inputs[2]) is None or len(product.inputs) < 5 or graph.scalar(product.inputs[4]) is None:
         return "its activation has no constant scale and zero point"
     if graph.constant(product.inputs[3]) is None or (len(product.inputs) > 5 and product.inputs[5] is not None):
@@ -79,10 +94,38 @@ def _obstacle(product: ir.Node) -> str | None:
     return None
 
 
-def _readers_of_table(weight: ir.Value | None) -> list[ir.Node]:
+@dataclass(frozen=True)
+class _LookUp:
+    """Where rows of a table of codes are looked up: their product with their scales, those [V], and the ids."""
+
+    rows: ir.Value
+    scales: Vector
+    ids: ir.Value
+
+
+def _look_ups(weight: ir.Value | None) -> list[_LookUp] | None:
+    """Every place where a weight is looked up as a table too; None where one is not as quantize-embeddings writes it."""
     transpose = graph.producer(weight, "Transpose")
-    source = transpose.inputs[0] if transpose is not None else weight
-    return [] if source is None else graph.consumers(source)
+    table = transpose.inputs[0] if transpose is not None else weight
+    if table is None:
+        return None
+    found = [_look_up(gather) for gather in graph.consumers(table) if gather.op_type == "Gather"]
+    known = [entry for entry in found if entry is not None]
+    return known if len(known) == len(found) else None
+
+
+def _look_up(gather: ir.Node) -> _LookUp | None:
+    """Mul(Cast(Gather(codes, ids)), Gather(scales, ids)) from its first Gather, or None."""
+    cast = graph.only_consumer(gather.outputs[0], "Cast")
+    product = graph.only_consumer(cast.outputs[0], "Mul") if cast is not None else None
+    scales = graph.producer(graph.other_input(product, cast.outputs[0]), "Gather") if product and cast else None
+    ids = gather.inputs[1]
+    if product is None or scales is None or scales.inputs[1] is not ids or ids is None or ids.dtype != ir.DataType.INT64:
+        return None
+    array = graph.constant(scales.inputs[0])
+    if array is None or array.shape[1:] != (1,) or graph.attribute(gather, "axis", 0) != 0:
+        return None
+    return _LookUp(product.outputs[0], np.asarray(array, dtype=np.float32).reshape(-1), ids)
 
 
 def _attentions(model: ir.Model) -> Iterator[Event]:
@@ -213,7 +256,7 @@ def _restored(out: ir.Value, quantize: ir.Node, size: int) -> tuple[ir.Value, Ve
     return end, factors, offsets
 
 
-def _vector(value: ir.Value | None, size: int | None = None) -> Vector | None:
+def _vector(value: ir.Value | None, size: float | None = None) -> Vector | None:
     """A constant along the last axis, as [C]; None for anything else."""
     array = graph.constant(value)
     if array is None or array.dtype != np.float32 or array.ndim == 0 or array.size != array.shape[-1]:
@@ -232,47 +275,151 @@ def _is_per_tensor(quantize: ir.Node) -> bool:
     )
 
 
-def _linear(model: ir.Model, product: ir.Node, packed: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> Event:
-    """Replace a product, and what only it leads to, by one operator."""
+@dataclass(frozen=True)
+class _FloatInput:
+    """What a product's input is before it is quantized.
+
+    Attributes:
+        x: the float rows.
+        readers: the nodes that read them to quantize them.
+        parameters: scale and zero point; none where each row has its own range.
+        end: the product, with the range of its rows restored.
+    """
+
+    x: ir.Value
+    readers: frozenset[ir.Node]
+    parameters: tuple[ir.Value | None, ...]
+    end: ir.Value
+
+
+def _float_input(product: ir.Node) -> _FloatInput | None:
+    """The float input of a product that alone reads its codes, or None."""
+    quantize = graph.producer(product.inputs[0], "QuantizeLinear")
+    if quantize is None or graph.only_consumer(quantize.outputs[0]) is not product:
+        return None
+    restore, found = restored_rows(product), row_range(quantize)
+    if restore is None or found is None:
+        x = quantize.inputs[0]
+        return _FloatInput(x, frozenset([quantize]), tuple(quantize.inputs[1:3]), product.outputs[0]) if x else None
+    shift = graph.producer(graph.producer(quantize.inputs[0]).inputs[0])  # type: ignore[union-attr]
+    x = shift.inputs[0] if shift is not None else None
+    if x is None:
+        return None
+    ranges = [reader for reader in graph.consumers(x) if reader.op_type in ("ReduceMin", "ReduceMax", "Sub")]
+    return _FloatInput(x, frozenset(ranges), (None, None), restore.outputs[0])
+
+
+def _first_step(source: _FloatInput, kept: ir.Value | None) -> tuple[ir.Node | None, dict[str, int | float]]:
+    """The normalization or gated unit that only this product reads, and the attributes that say so."""
+    node = graph.producer(source.x, "RMSNormalization", "GatedSilu")
+    if node is None or source.x is kept or source.x.is_graph_output() or set(graph.consumers(source.x)) - source.readers:
+        return None, {}
+    if node.op_type == "GatedSilu":
+        return node, {"gated": 1}
+    gain, epsilon = _vector(node.inputs[1]), graph.attribute(node, "epsilon", 1e-5)
+    last = graph.attribute(node, "axis", -1) in (-1, (graph.rank(source.x) or 0) - 1)
+    return (node, {"epsilon": epsilon}) if last and gain is not None and isinstance(epsilon, float) else (None, {})
+
+
+def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value | None) -> Event:
+    """Replace a product, what only it leads to, and what only leads to it, by one operator."""
     name, weight = product.name or "linear", product.inputs[1]
     assert weight is not None
     if weight not in packed:
-        codes = np.asarray(weight_array(weight), dtype=np.int8)
-        packed[weight] = (
-            graph.add_initializer(model, f"{name}.weight_panels", packed_panels(codes)),
-            graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32)),
-        )
+        packed[weight] = _pack(model, name, weight)
     scales = graph.add_initializer(model, f"{name}.column_scales", _scales(product))
-    bias = graph.add_initializer(model, f"{name}.column_bias", _bias(product))
-    inputs = [product.inputs[0], *packed[weight], scales, product.inputs[2], product.inputs[4], bias]
     attributes: dict[str, int | float] = {"N": _width(product)}
-    last, words = product, []
-    if (activation := graph.only_consumer(product.outputs[0])) is not None and (kind := _activation(activation)):
+    source, bias, words = _float_input(product), _bias(product), []
+    out = product.outputs[0] if source is None else source.end
+    if source is not None and (add := graph.only_consumer(out, "Add")) is not None:
+        offset = _vector(graph.other_input(add, out), attributes["N"])
+        bias, out = (bias, out) if offset is None else (bias + offset, add.outputs[0])
+    if (activation := graph.only_consumer(out)) is not None and (kind := _activation(activation)):
         attributes["activation"] = ACTIVATIONS.index(kind)
-        last = activation
+        out = activation.outputs[0]
         words.append(kind)
-    out, operator = last.outputs[0], "Linear"
+    biases = graph.add_initializer(model, f"{name}.column_bias", bias)
     follower = graph.only_consumer(out)
-    if follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower):
-        operator, last = "LinearUint8", follower
+    ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
+    if source is not None and not ends_in_codes:
+        return _row_linear(product, source, [*packed[weight], scales, biases], attributes, words, out, kept)
+    inputs = [product.inputs[0], *packed[weight], scales, product.inputs[2], product.inputs[4], biases]
+    operator, residual = "Linear", _residual(out)
+    if follower is not None and ends_in_codes:
+        operator, out = "LinearUint8", follower.outputs[0]
         inputs += follower.inputs[1:3]
     elif follower is not None and follower.op_type == "AttentionUint8":
         operator = "LinearBfloat16"
-    elif follower is not None and follower.op_type == "Add":
-        residual = graph.other_input(follower, out)
-        if residual is not None and _same_shape(residual, out):
-            last = follower
-            inputs.append(residual)
-            words.append("residual added")
-            norm = graph.only_consumer(last.outputs[0], "LayerNormUint8")
-            if norm is not None:
-                return Event(_with_norm(product, inputs, attributes, norm), ", ".join(["LinearNormUint8", *words]))
-    fused = _operator(operator, product, inputs, attributes)
-    graph.insert_after(last, [fused])
-    graph.stand_in(last.outputs[0], fused.outputs[0])
+    elif follower is not None and residual is not None:
+        out = follower.outputs[0]
+        inputs.append(residual)
+        words.append("residual added")
+        norm = graph.only_consumer(out, "LayerNormUint8")
+        if norm is not None:
+            return Event(_with_norm(product, inputs, attributes, norm), ", ".join(["LinearNormUint8", *words]))
+    fused = _in_place(operator, product, inputs, attributes, out)
     if operator == "LinearBfloat16":
         fused.outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
     return Event(fused, ", ".join([operator, *words]))
+
+
+def _pack(model: ir.Model, name: str, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Panels and column sums of a weight; where it is looked up as a table too, that is done in the panels."""
+    codes = np.asarray(weight_array(weight), dtype=np.int8)
+    panels = graph.add_initializer(model, f"{name}.weight_panels", packed_panels(codes))
+    for place in _look_ups(weight) or ():
+        scales = graph.add_initializer(model, f"{name}.row_scales", place.scales)
+        rows = ir.node("LookUp", [panels, scales, place.ids], domain=DOMAIN, name=f"{name}.look_up")
+        made = place.rows.producer()
+        assert made is not None
+        graph.insert_after(made, [rows])
+        graph.stand_in(place.rows, rows.outputs[0])
+    return panels, graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32))
+
+
+def _residual(out: ir.Value) -> ir.Value | None:
+    """What is added to a value, and nothing else done with it; None where that is broadcast."""
+    add = graph.only_consumer(out, "Add")
+    other = graph.other_input(add, out) if add is not None else None
+    return other if other is not None and _same_shape(other, out) else None
+
+
+def _row_linear(
+    product: ir.Node,
+    source: _FloatInput,
+    constants: Sequence[ir.Value],
+    attributes: dict[str, int | float],
+    words: list[str],
+    out: ir.Value,
+    kept: ir.Value | None,
+) -> Event:
+    """A product of float rows, and what comes right before them."""
+    step, more = _first_step(source, kept)
+    x, gain = source.x, None
+    if step is not None:
+        assert step.inputs[0] is not None
+        x, gain = step.inputs[0], step.inputs[1] if step.op_type == "RMSNormalization" else None
+        words.append("gated" if gain is None else "normalized")
+    residual = _residual(out)
+    if residual is not None:
+        out = graph.consumers(out)[0].outputs[0]
+        words.append("residual added")
+    inputs = [x, *constants, *source.parameters, gain, None, residual]
+    while inputs[-1] is None:
+        inputs.pop()
+    fused = _in_place("RowLinear", product, inputs, {**attributes, **more}, out)
+    return Event(fused, ", ".join(["RowLinear", *words]))
+
+
+def _in_place(
+    kind: str, product: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int | float], out: ir.Value
+) -> ir.Node:
+    """The operator whose output stands for `out`, where that was made."""
+    fused, last = _operator(kind, product, inputs, attributes), out.producer()
+    assert last is not None
+    graph.insert_after(last, [fused])
+    graph.stand_in(out, fused.outputs[0])
+    return fused
 
 
 def _with_norm(
