@@ -25,9 +25,9 @@ class FuseDecoder:
     after:   GatedSilu(x)
 
     x is [B, S, (H + 2 G) D] in the first, a cache [B, G, P, D], and one head of keys and values serves H / G of queries.
-    A step of a decoder is hundreds of nodes that take as long to start as to run: with fuse-kernels this leaves a
-    third of them. Up to seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in bfloat16, and
-    leave out the keys that no query of a block sees.
+    A step of a decoder is hundreds of nodes that take as long to start as to run: with fuse-kernels this leaves a third
+    of them. Up to seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in
+    bfloat16, and leave out the keys that no query of a block sees.
     """
 
     name: ClassVar[str] = "fuse-decoder"
@@ -142,7 +142,7 @@ def _gates(model: ir.Model) -> Iterator[Event]:
 
 
 def _silu_input(value: ir.Value | None) -> ir.Value | None:
-    """x where a value is x Sigmoid(x), or None."""
+    """X where a value is x Sigmoid(x), or None."""
     node = graph.producer(value, "Mul", "QuickGelu")
     if node is None or value is None or graph.only_consumer(value) is None:
         return None

@@ -120,7 +120,13 @@ def _look_up(gather: ir.Node) -> _LookUp | None:
     product = graph.only_consumer(cast.outputs[0], "Mul") if cast is not None else None
     scales = graph.producer(graph.other_input(product, cast.outputs[0]), "Gather") if product and cast else None
     ids = gather.inputs[1]
-    if product is None or scales is None or scales.inputs[1] is not ids or ids is None or ids.dtype != ir.DataType.INT64:
+    if (
+        product is None
+        or scales is None
+        or scales.inputs[1] is not ids
+        or ids is None
+        or ids.dtype != ir.DataType.INT64
+    ):
         return None
     array = graph.constant(scales.inputs[0])
     if array is None or array.shape[1:] != (1,) or graph.attribute(gather, "axis", 0) != 0:
@@ -140,7 +146,11 @@ def _attentions(model: ir.Model) -> Iterator[Event]:
         if len(layers) < 3 or len({layer.inputs[0] for layer in layers}) > 1 or any(map(_obstacle, layers)):
             continue
         width = _width(layers[0])
-        if any(_width(layer) != width for layer in layers) or width % (heads * HEAD_LANES) or width > heads * LARGEST_HEAD:
+        if (
+            any(_width(layer) != width for layer in layers)
+            or width % (heads * HEAD_LANES)
+            or width > heads * LARGEST_HEAD
+        ):
             continue
         joined = _side_by_side(model, layers)
         mask = attention.inputs[3] if len(attention.inputs) > 3 else None
@@ -185,7 +195,9 @@ def _side_by_side(model: ir.Model, layers: list[ir.Node]) -> ir.Node:
     names = [layer.name or "" for layer in layers]
     name = layer_names.joined(names) or "+".join(names)
     arrays = [weight_array(layer.inputs[1]) for layer in layers]
-    weight = graph.add_initializer(model, f"{name}.weight_codes", np.concatenate([a for a in arrays if a is not None], 1))
+    weight = graph.add_initializer(
+        model, f"{name}.weight_codes", np.concatenate([a for a in arrays if a is not None], 1)
+    )
     scales = graph.add_initializer(model, f"{name}.weight_scales", np.concatenate([_scales(layer) for layer in layers]))
     bias = graph.add_initializer(model, f"{name}.bias", np.concatenate([_bias(layer) for layer in layers]))
     first = layers[0]
@@ -228,7 +240,7 @@ def _norms(model: ir.Model) -> Iterator[Event]:
         fused = ir.node(
             "LayerNormUint8",
             [norm.inputs[0], *values, *quantize.inputs[1:3]],
-            {"epsilon": graph.attribute(norm, "epsilon", 1e-5)},
+            {"epsilon": _epsilon(norm)},
             num_outputs=2,
             domain=DOMAIN,
             name=norm.name,
@@ -312,13 +324,22 @@ def _float_input(product: ir.Node) -> _FloatInput | None:
 def _first_step(source: _FloatInput, kept: ir.Value | None) -> tuple[ir.Node | None, dict[str, int | float]]:
     """The normalization or gated unit that only this product reads, and the attributes that say so."""
     node = graph.producer(source.x, "RMSNormalization", "GatedSilu")
-    if node is None or source.x is kept or source.x.is_graph_output() or set(graph.consumers(source.x)) - source.readers:
+    if (
+        node is None
+        or source.x is kept
+        or source.x.is_graph_output()
+        or set(graph.consumers(source.x)) - source.readers
+    ):
         return None, {}
     if node.op_type == "GatedSilu":
         return node, {"gated": 1}
-    gain, epsilon = _vector(node.inputs[1]), graph.attribute(node, "epsilon", 1e-5)
     last = graph.attribute(node, "axis", -1) in (-1, (graph.rank(source.x) or 0) - 1)
-    return (node, {"epsilon": epsilon}) if last and gain is not None and isinstance(epsilon, float) else (None, {})
+    return (node, {"epsilon": _epsilon(node)}) if last and _vector(node.inputs[1]) is not None else (None, {})
+
+
+def _epsilon(norm: ir.Node) -> float:
+    found = graph.attribute(norm, "epsilon", 1e-5)
+    return found if isinstance(found, float) else 1e-5
 
 
 def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value | None) -> Event:
@@ -426,9 +447,8 @@ def _with_norm(
     product: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int | float], norm: ir.Node
 ) -> ir.Node:
     """One operator of a product, the residual and the normalization behind them."""
-    epsilon = graph.attribute(norm, "epsilon", 1e-5)
-    assert isinstance(epsilon, float)
-    fused = _operator("LinearNormUint8", product, [*inputs, *norm.inputs[1:]], {**attributes, "epsilon": epsilon}, 2)
+    more = {**attributes, "epsilon": _epsilon(norm)}
+    fused = _operator("LinearNormUint8", product, [*inputs, *norm.inputs[1:]], more, 2)
     graph.insert_after(norm, [fused])
     for old, new in zip(norm.outputs, fused.outputs, strict=True):
         graph.stand_in(old, new)
@@ -436,7 +456,11 @@ def _with_norm(
 
 
 def _operator(
-    kind: str, product: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int | float], outputs: int = 1
+    kind: str,
+    product: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int | float],
+    outputs: int = 1,
 ) -> ir.Node:
     fused = ir.node(kind, inputs, dict(attributes), domain=DOMAIN, name=product.name, num_outputs=outputs)
     fused.metadata_props.update(product.metadata_props)

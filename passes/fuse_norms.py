@@ -50,7 +50,11 @@ def _norms(model: ir.Model) -> Iterator[Event]:
         rank = graph.rank(norm.inputs[0])
         if a is None or b is None or a.shape is None or a.shape != b.shape or rank is None:
             continue
-        if graph.attribute(norm, "axis", -1) not in (-1, rank - 1) or len(norm.outputs) > 1 or a.dtype != ir.DataType.FLOAT:
+        if (
+            graph.attribute(norm, "axis", -1) not in (-1, rank - 1)
+            or len(norm.outputs) > 1
+            or a.dtype != ir.DataType.FLOAT
+        ):
             continue
         size = a.shape[-1]
         if any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
