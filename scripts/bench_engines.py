@@ -21,6 +21,8 @@ Feed = dict[str, Array]
 Encode = Callable[[Feed], Array]
 CONTEXT = 640
 """Positions that engines which reserve their cache are opened with, for each sequence."""
+KERNELS = "scalefold_kernels.so"
+"""The library that lies beside a fused model."""
 BATCH = 8
 """Most sequences that such engines are opened for."""
 
@@ -76,6 +78,8 @@ def _onnxruntime_encoder(model: Path, threads: int) -> tuple[Encode, Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if (kernels := model.with_name(KERNELS)).is_file():
+        options.register_custom_ops_library(str(kernels))
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names, first = {entry.name for entry in session.get_inputs()}, session.get_outputs()[0].name
 

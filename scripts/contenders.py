@@ -75,6 +75,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
 """Models of real sizes whose weights are random: the architecture, and what differs from transformers' defaults."""
 INTEGER_MATMULS = (
     "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits",
+    "Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8", "RowLinear",
 )  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -357,14 +358,33 @@ def _scalefold(*options: str) -> Callable[[Workspace, Path], None]:
         command = [sys.executable, "-m", "scalefold.compiler.cli", "compile", str(work.float_model), "-o"]
         samples = len(work.texts.read_text(encoding="utf-8").splitlines())
         command += [str(out / "compiled"), "--calibration", str(work.texts), "--samples", str(samples), *options]
-        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise StepError(f"exit code {done.returncode}: {lines[-1]}")
-        for file in (out / "compiled").iterdir():
-            file.rename(out / file.name)
+        _written(command, out / "compiled", out)
 
     return build
+
+
+def _fused(name: str) -> Callable[[Workspace, Path], None]:
+    """The folder of another contender on scalefold's own kernels."""
+
+    def build(work: Workspace, out: Path) -> None:
+        compiled = work.output(BY_NAME[name])
+        if not (compiled / "scalefold.json").is_file():
+            raise StepError(f"it is made from {name}, which is not built: name that too")
+        command = [sys.executable, "-m", "scalefold.compiler.cli", "fuse", str(compiled), "-o", str(out / "fused")]
+        _written([*command, "--data", str(work.texts)], out / "fused", out)
+
+    return build
+
+
+def _written(command: list[str], folder: Path, out: Path) -> None:
+    """Run a command that writes a folder, and move what is in it."""
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise StepError(f"exit code {done.returncode}: {lines[-1]}")
+    for file in folder.iterdir():
+        displace(out / file.name)
+        file.rename(out / file.name)
 
 
 MATMUL_ONLY: dict[str, Any] = {"unsigned": True, "per_channel": True, "op_types_to_quantize": ["MatMul"]}
@@ -449,6 +469,7 @@ CONTENDERS = (
     ),
     *CTRANSLATE2,
     Contender("scalefold", "scalefold", "w8a8", _scalefold("--recipe", "w8a8")),
+    Contender("scalefold-fused", "scalefold", "w8a8, fused: own kernels", _fused("scalefold")),
     Contender("scalefold-qdq", "scalefold", "w8a8, target qdq", _scalefold("--recipe", "w8a8", "--target", "qdq")),
     Contender("scalefold-naive", "scalefold", "w8a8-naive", _scalefold("--recipe", "w8a8-naive"), timed=False),
     Contender("scalefold-w6a6", "scalefold", "w6a6", _scalefold("--recipe", "w6a6"), timed=False),
@@ -480,6 +501,7 @@ DECODERS = (
     ),
     Contender("genai-int4", "onnxruntime-genai", "int4, blocks of 32, accuracy level 4", _genai, "genai"),
     *(Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe)) for recipe in ("w8a8", "w8a8-decode")),
+    Contender("w8a8-fused", "scalefold", "w8a8, fused: own kernels", _fused("w8a8")),
     *(
         Contender(recipe, "scalefold", recipe, _scalefold("--recipe", recipe), timed=False)
         for recipe in ("w8a8-static", "w8a8-token")
@@ -494,6 +516,7 @@ DECODERS = (
         )
         for profile in ("throughput", "decode", "balanced")
     ),
+    Contender("w4a8-decode-fused", "scalefold", "w4a8, profile decode, fused: own kernels", _fused("w4a8-decode")),
 )
 BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *DECODERS)}
 
