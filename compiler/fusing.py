@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from scalefold.compiler import artifact, calibrate, verify
+from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.kernel_library import LIBRARY, is_fast, library
@@ -94,6 +94,7 @@ def fuse_folder(
             )
         stage = scratch / "result"
         shutil.copytree(folder, stage, ignore=shutil.ignore_patterns(f"{artifact.MODEL}*", artifact.RECORD))
+        _align(model)
         artifact.save_model(model, stage)
         shutil.copyfile(built, stage / LIBRARY)
         advance()
@@ -125,6 +126,16 @@ def _run(model: ir.Model) -> tuple[list[Event], list[Event]]:
         rewrites += result.rewrites
         declined += result.declined
     return rewrites, declined
+
+
+def _align(model: ir.Model) -> None:
+    """Let panels come first in the file of weights, one behind another: then all lie at multiples of a cache line."""
+    initializers = model.graph.initializers
+    aside = [value for value in initializers.values() if value.dtype != ir.DataType.INT8 or graph.rank(value) != 4]
+    for value in aside:
+        initializers.pop(value.name or "")
+    for value in aside:
+        initializers.add(value)
 
 
 def _counted(events: Sequence[Event]) -> dict[str, int]:

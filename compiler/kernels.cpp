@@ -172,7 +172,7 @@ class Run {
 
 constexpr size_t kWidth = 64;       // columns of a panel
 constexpr size_t kTileRows = 6;     // rows of a tile: 6 x 4 sums of 16 columns fill the registers
-constexpr size_t kStretches = 16;   // stretches that the tasks of a large node are handed out in
+constexpr size_t kStretches = 64;   // stretches that the tasks of a large node are handed out in
 
 enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
@@ -350,6 +350,12 @@ void rotate_plain(const float* x, const float* cosines, const float* sines, size
   }
 }
 
+void round_plain(float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) x[i] = from_bfloat(to_bfloat(x[i]));
+}
+
+// One query by numbers that are rounded to bfloat16, as a prompt is multiplied in: both give the same but for the order in
+// which floats are added.
 void attend_row_plain(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
                       const float* mask, float* scores, float* out) {
   float largest = -FLT_MAX, total = 0;
@@ -361,7 +367,7 @@ void attend_row_plain(const float* q, const float* k, const float* v, size_t key
   }
   std::fill(out, out + size, 0.0f);
   for (size_t j = 0; j < keys; ++j) {
-    const float share = std::exp(scores[j] - largest);
+    const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
     total += share;
     for (size_t d = 0; d < size; ++d) out[d] += share * v[j * size + d];
   }
@@ -751,38 +757,34 @@ AVX512 void rotate512(const float* x, const float* cosines, const float* sines, 
   }
 }
 
+AVX512 void round512(float* x, size_t n) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 in = lanes(n - i);
+    const __m512i bits = _mm512_and_si512(rounded512(_mm512_maskz_loadu_ps(in, x + i)), upper);
+    _mm512_mask_storeu_ps(x + i, in, _mm512_castsi512_ps(bits));
+  }
+}
+
+// `scores` has room for twice the keys, and 32 more numbers.
 AVX512 void attend_row512(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
                           const float* mask, float* scores, float* out) {
-  __m512 largest = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
   for (size_t j = 0; j < keys; ++j) {
     __m512 sum = _mm512_setzero_ps();
     for (size_t d = 0; d < size; d += 16)
       sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + d), _mm512_loadu_ps(k + j * size + d), sum);
     scores[j] = _mm512_reduce_add_ps(sum);
   }
-  for (size_t j = 0; j < keys; j += 16) {
-    const __mmask16 in = lanes(keys - j);
-    const __m512 score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(in, scores + j), _mm512_set1_ps(scale),
-                                         _mm512_maskz_loadu_ps(in, mask + j));
-    largest = _mm512_mask_max_ps(largest, in, largest, score);
-    _mm512_mask_storeu_ps(scores + j, in, score);
-  }
-  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-  for (size_t j = 0; j < keys; j += 16) {
-    const __mmask16 in = lanes(keys - j);
-    const __m512 share = exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, scores + j), largest));
-    total = _mm512_mask_add_ps(total, in, total, share);
-    _mm512_mask_storeu_ps(scores + j, in, share);
-  }
-  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  uint16_t* shares = reinterpret_cast<uint16_t*>(scores + (keys + 15) / 16 * 16);
+  const __m512 inverse = _mm512_set1_ps(1.0f / shares512(scores, keys, scale, mask, scores, shares));
   for (size_t d = 0; d < size; d += 16) {
     __m512 even = _mm512_setzero_ps(), odd = even;
     size_t j = 0;
     for (; j + 1 < keys; j += 2) {
-      even = _mm512_fmadd_ps(_mm512_set1_ps(scores[j]), _mm512_loadu_ps(v + j * size + d), even);
-      odd = _mm512_fmadd_ps(_mm512_set1_ps(scores[j + 1]), _mm512_loadu_ps(v + (j + 1) * size + d), odd);
+      even = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j])), _mm512_loadu_ps(v + j * size + d), even);
+      odd = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j + 1])), _mm512_loadu_ps(v + (j + 1) * size + d), odd);
     }
-    if (j < keys) even = _mm512_fmadd_ps(_mm512_set1_ps(scores[j]), _mm512_loadu_ps(v + j * size + d), even);
+    if (j < keys) even = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j])), _mm512_loadu_ps(v + j * size + d), even);
     _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_add_ps(even, odd), inverse));
   }
 }
@@ -894,6 +896,7 @@ void attend(const Head& head, std::vector<uint32_t>& scratch) {
 #define CHOOSE(fast, plain) (plain)
 #define rotate512 rotate_plain
 #define attend_row512 attend_row_plain
+#define round512 round_plain
 #define add_norm512 add_norm_plain
 #define gate512 gate_plain
 #define encode512 encode_plain
@@ -926,7 +929,7 @@ void tile(const Product& p, size_t row, size_t rows, size_t panel) {
 void multiply(const Run& run, const Product& p) {
   const size_t panels = (p.finish.n + kWidth - 1) / kWidth, tiles = (p.m + kTileRows - 1) / kTileRows;
   const size_t group = tiles == 1 ? 1 : std::max<size_t>(1, std::min<size_t>(4, panels / 4));
-  const size_t stretch = 16, stretches = (tiles + stretch - 1) / stretch, groups = (panels + group - 1) / group;
+  const size_t stretch = 8, stretches = (tiles + stretch - 1) / stretch, groups = (panels + group - 1) / group;
   const size_t batches = tiles == 1 ? 4 : kStretches;
   run.parallel(groups * stretches, batches, [&](size_t task) {
     const size_t first = task / stretches * group, last = std::min(first + group, panels);
@@ -1056,7 +1059,7 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
     for (size_t i = 0; i < p.m; ++i) normalize(norm, i, scratch.data() + i * n);
     return nullptr;
   }
-  const size_t stretch = std::min<size_t>(8, (tiles + 3) / 4);  // rows whose sums the second cache holds
+  const size_t stretch = std::min<size_t>(4, (tiles + 3) / 4);  // rows whose sums the second cache holds
   run.parallel((tiles + stretch - 1) / stretch, kStretches, [&](size_t task) {
     const size_t top = task * stretch, bottom = std::min(top + stretch, tiles);
     const size_t first = top * p.m / tiles, last = bottom * p.m / tiles;
@@ -1138,7 +1141,7 @@ void rotate(const Cached& c, const float* row, size_t angle, float* out) {
   CHOOSE(rotate512, rotate_plain)(row, c.cosines + angle, c.sines + angle, c.size / 2, out);
 }
 
-// Keys and values of one head of them: those of the cache, and the new ones behind.
+// Keys and values of one head of them: those of the cache, and the new ones behind, rounded to bfloat16 for good.
 void extend(const Cached& c, size_t b, size_t g) {
   const size_t half = c.size / 2, head = b * c.groups + g;
   float *k = c.k + head * c.total() * c.size, *v = c.v + head * c.total() * c.size;
@@ -1150,6 +1153,8 @@ void extend(const Cached& c, size_t b, size_t g) {
     rotate(c, row, angle, k + to);
     std::memcpy(v + to, row + c.groups * c.size, c.size * sizeof(float));
   }
+  CHOOSE(round512, round_plain)(k + c.past * c.size, c.tokens * c.size);
+  CHOOSE(round512, round_plain)(v + c.past * c.size, c.tokens * c.size);
 }
 
 // The query of a token for one head, rotated.
@@ -1159,17 +1164,18 @@ void query(const Cached& c, size_t b, size_t s, size_t head, float* out) {
   rotate(c, row, angle, out);
 }
 
-// One token or few: rows of scores, in float.
+// One token or few: a row of scores at a time.
 void attend_few(const Run& run, const Cached& c) {
   run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
     const size_t b = task / c.groups, g = task % c.groups, shared = c.heads / c.groups;
     thread_local std::vector<float> scratch;
-    scratch.resize(c.total() + 16 + c.size);
+    scratch.resize(2 * c.total() + 32 + c.size);
     extend(c, b, g);
     const float *k = c.k + task * c.total() * c.size, *v = c.v + task * c.total() * c.size;
     for (size_t s = 0; s < c.tokens; ++s) {
       for (size_t head = g * shared; head < (g + 1) * shared; ++head) {
         query(c, b, s, head, scratch.data());
+        CHOOSE(round512, round_plain)(scratch.data(), c.size);
         CHOOSE(attend_row512, attend_row_plain)(scratch.data(), k, v, c.total(), c.size, c.scale, c.mask_row(b, head, s),
                                                 scratch.data() + c.size,
                                                 c.out + ((b * c.tokens + s) * c.heads + head) * c.size);

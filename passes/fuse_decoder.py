@@ -26,8 +26,8 @@ class FuseDecoder:
 
     x is [B, S, (H + 2 G) D] in the first, a cache [B, G, P, D], and one head of keys and values serves H / G of queries.
     A step of a decoder is hundreds of nodes that take as long to start as to run: with fuse-kernels this leaves a third
-    of them. Up to seven new tokens are attended to in float; longer prompts multiply queries, keys, values and shares in
-    bfloat16, and leave out the keys that no query of a block sees.
+    of them. Queries, keys, values and the shares of attention are rounded to bfloat16, in a prompt and one by one, and
+    the cache holds keys and values so; prompts leave out the keys that no query of a block sees.
     """
 
     name: ClassVar[str] = "fuse-decoder"
@@ -58,10 +58,7 @@ def _attentions(model: ir.Model, declined: list[Event]) -> Iterator[Event]:
             continue
         rotary = graph.producer(attention.inputs[0], "RotaryEmbedding")
         angles = list(rotary.inputs[1:3]) if rotary is not None else []
-        attributes: dict[str, int | float] = {"heads": heads, "groups": groups}
-        scale = graph.attribute(attention, "scale")
-        if isinstance(scale, float):
-            attributes["scale"] = scale
+        attributes = {"heads": heads, "groups": groups, "scale": _scale(attention, _sizes(split)[0] // heads)}
         fused = ir.node(
             "CachedAttention",
             [split.inputs[0], *past, mask, *angles],
@@ -81,9 +78,35 @@ def _integer(node: ir.Node, name: str) -> int:
     return found if isinstance(found, int) else 0
 
 
+def _scale(attention: ir.Node, size: int) -> float:
+    """What the products of queries and keys are multiplied by in all."""
+    scale, (_, factor) = graph.attribute(attention, "scale"), _unscaled(attention.inputs[0])
+    return factor * (scale if isinstance(scale, float) else size**-0.5)
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """Queries before they are multiplied by one constant, and that constant; 1 where there is none."""
+    product = graph.producer(value, "Mul")
+    for x, other in (product.inputs[:2], product.inputs[1::-1]) if product is not None else ():
+        if (factor := graph.scalar(other)) is not None:
+            return x, factor
+    return value, 1.0
+
+
+def _sizes(split: ir.Node) -> list[int]:
+    """How many numbers each output of a Split has, where that is known."""
+    sizes = graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
+    if sizes is not None:
+        return [int(size) for size in sizes]
+    x = split.inputs[0]
+    width = x.shape[-1] if x is not None and x.shape is not None else None
+    parts = len(split.outputs)
+    return [width // parts] * parts if isinstance(width, int) and width % parts == 0 else []
+
+
 def _origin(attention: ir.Node) -> ir.Node | None:
-    """The Split that queries, keys and values come from, rotated or not."""
-    values = [_unrotated(value) for value in attention.inputs[:2]] + [attention.inputs[2]]
+    """The Split that queries, keys and values come from, rotated or scaled or as they are."""
+    values = [_unscaled(_unrotated(attention.inputs[0]))[0], _unrotated(attention.inputs[1]), attention.inputs[2]]
     splits = {graph.producer(value, "Split") for value in values}
     split = splits.pop() if len(splits) == 1 else None
     return split if split is not None and list(split.outputs) == values else None
@@ -101,15 +124,15 @@ def _obstacle(attention: ir.Node, split: ir.Node | None, heads: int, groups: int
         graph.attribute(attention, name, 0) for name in ("is_causal", "softcap")
     ):
         return "it is no plain attention"
-    mask, sizes = attention.inputs[3], graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
+    mask, sizes = attention.inputs[3], _sizes(split)
     if mask is None or mask.dtype != ir.DataType.FLOAT or graph.rank(mask) != 4 or any(attention.inputs[6:]):
         return "it has no mask of floats [batch, heads, tokens, keys]"
     if any(value is None or value.dtype != ir.DataType.FLOAT for value in attention.inputs[4:6]):
         return "its cache is not float"
-    if sizes is None or not heads or not groups or heads % groups:
+    if not sizes or not heads or not groups or heads % groups:
         return "its heads are not known"
-    size = int(sizes[0]) // heads
-    if sizes.tolist() != [heads * size, groups * size, groups * size] or size % HEAD_LANES or size > LARGEST_HEAD:
+    size = sizes[0] // heads
+    if sizes != [heads * size, groups * size, groups * size] or size % HEAD_LANES or size > LARGEST_HEAD:
         return f"its heads are of {size} numbers, no multiple of {HEAD_LANES} up to {LARGEST_HEAD}"
     rotaries = [graph.producer(value, "RotaryEmbedding") for value in attention.inputs[:2]]
     if rotaries == [None, None]:
@@ -156,6 +179,5 @@ def _silu_input(value: ir.Value | None) -> ir.Value | None:
 
 
 def _halves(split: ir.Node) -> bool:
-    sizes = graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
     rank = graph.rank(split.inputs[0]) or 0
-    return sizes is not None and len(set(sizes.tolist())) == 1 and graph.attribute(split, "axis", 0) in (-1, rank - 1)
+    return len(set(_sizes(split))) == 1 and graph.attribute(split, "axis", 0) in (-1, rank - 1)
