@@ -289,7 +289,7 @@ void normalize_plain(const Norm& f, size_t row, const float* x) {
 // Attention of one head for query rows [first, last).
 struct Head {
   const uint16_t *q, *k, *v;  // bfloat16, rows `stride` apart
-  const float* mask;        // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
+  const float* mask;          // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
   size_t stride, mask_stride, keys, size, first, last;
   float scale;
   uint8_t* out;             // rows `out_stride` apart, or null
@@ -402,6 +402,7 @@ struct Codes {
 };
 
 constexpr float kSmallest = 1e-30f;
+constexpr float kMasked = -1e30f;  // what a mask adds to keys that are not seen is below
 
 void encode_plain(const Codes& c, const float* x, size_t n, uint8_t* codes, float& step, float& low) {
   float inverse = c.inverse;
@@ -697,43 +698,103 @@ AVX512 inline float shares512(const float* scores, size_t keys, float scale, con
   return _mm512_reduce_add_ps(total);
 }
 
-AVX512 inline __m512i widened512(const uint16_t* from) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+// Up to 16 pairs of bfloat16 of a row; floats are rounded to bfloat16 already.
+AVX512 inline __m512i pairs512(const uint16_t* row, size_t left) { return _mm512_maskz_loadu_epi32(lanes(left), row); }
+AVX512 inline __m512i pairs512(const float* row, size_t left) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i first = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(2 * left), row));
+  const __m512i second = left > 8 ? _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(2 * left - 16), row + 16)) : first;
+  return _mm512_permutex2var_epi16(first, _mm512_load_si512(kUpper), second);
 }
 
+// 16 numbers of a row as bfloat16, in the lower halves of 32 bits.
+AVX512 inline __m512i lower512(const uint16_t* row) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
+AVX512 inline __m512i lower512(const float* row) { return _mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(row)), 16); }
+
+AVX512 inline void transpose512(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Keys and values of one head as its products read them: keys as columns [D / 2, padded], two numbers of one key side by
+// side; values as rows [padded / 2, D], the numbers of two keys side by side. What is beyond `keys` is 0.
+struct Packed {
+  uint32_t *columns, *values;
+  size_t padded;
+
+  static size_t size_of(size_t keys, size_t size) { return (keys + 15) / 16 * 16 * size; }
+  Packed(uint32_t* room, size_t keys, size_t size) : columns(room), padded((keys + 15) / 16 * 16) {
+    values = columns + size / 2 * padded;
+  }
+};
+
+// Pack the rows that `chosen` names, or the first `keys` where it is null.
+template <typename Number>
+AVX512 void pack512(const Packed& to, const Number* k, const Number* v, size_t stride, const uint32_t* chosen, size_t keys,
+                    size_t size) {
+  const size_t half = size / 2;
+  const auto at = [&](size_t j) { return (chosen ? chosen[j] : j) * stride; };
+  for (size_t j = 0; j < to.padded; j += 16) {
+    for (size_t d = 0; d < half; d += 16) {
+      __m512i rows[16];
+      for (size_t i = 0; i < 16; ++i)
+        rows[i] = j + i < keys ? pairs512(k + at(j + i) + 2 * d, half - d) : _mm512_setzero_si512();
+      transpose512(rows);
+      for (size_t i = 0; i < std::min<size_t>(16, half - d); ++i)
+        _mm512_storeu_si512(to.columns + (d + i) * to.padded + j, rows[i]);
+    }
+  }
+  for (size_t j = 0; j < to.padded; j += 2) {
+    for (size_t d = 0; d < size; d += 16) {
+      const __m512i even = j < keys ? lower512(v + at(j) + d) : _mm512_setzero_si512();
+      const __m512i odd = j + 1 < keys ? lower512(v + at(j + 1) + d) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to.values + j / 2 * size + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+  }
+}
+
+// The first `h.keys` of the packed keys are attended to.
 template <bool NATIVE>
-AVX512 void attend512(const Head& h, std::vector<uint32_t>& scratch) {
+AVX512 void attend512(const Head& h, const Packed& packed, std::vector<uint32_t>& scratch) {
   const size_t padded = (h.keys + 15) / 16 * 16, pairs = padded / 2, half = h.size / 2;
-  scratch.resize(half * padded + pairs * h.size + kTileRows * (2 * padded + pairs + h.size));
-  uint32_t *columns = scratch.data(), *values = columns + half * padded, *shares = values + pairs * h.size;
+  scratch.resize(kTileRows * (2 * padded + pairs + h.size));
+  uint32_t* shares = scratch.data();
   float* scores = reinterpret_cast<float*>(shares + kTileRows * pairs);
   float *raised = scores + kTileRows * padded, *sums = raised + kTileRows * padded;
-  // keys as columns, two numbers of one key side by side; values as rows, those of two keys side by side
-  for (size_t j = 0; j < padded; ++j) {
-    for (size_t d = 0; d < half; ++d) {
-      uint32_t pair = 0;
-      if (j < h.keys) std::memcpy(&pair, h.k + j * h.stride + 2 * d, 4);
-      columns[d * padded + j] = pair;
-    }
-  }
-  for (size_t j = 0; j < pairs; ++j) {
-    const uint16_t* even = h.v + 2 * j * h.stride;
-    for (size_t d = 0; d < h.size; d += 16) {
-      const __m512i low = 2 * j < h.keys ? widened512(even + d) : _mm512_setzero_si512();
-      const __m512i high = 2 * j + 1 < h.keys ? widened512(even + h.stride + d) : _mm512_setzero_si512();
-      _mm512_storeu_si512(values + j * h.size + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
   for (size_t i = h.first; i < h.last; i += kTileRows) {
     const size_t rows = std::min(kTileRows, h.last - i);
     uint32_t queries[kTileRows * 128];
     for (size_t r = 0; r < rows; ++r) std::memcpy(queries + r * half, h.q + (i + r) * h.stride, 2 * h.size);
-    product512<NATIVE>(rows, queries, half, columns, padded, half, scores, padded, padded);
+    product512<NATIVE>(rows, queries, half, packed.columns, packed.padded, half, scores, padded, padded);
     float totals[kTileRows];
     for (size_t r = 0; r < rows; ++r)
       totals[r] = shares512(scores + r * padded, h.keys, h.scale, h.mask ? h.mask + (i + r) * h.mask_stride : nullptr,
                             raised, reinterpret_cast<uint16_t*>(shares + r * pairs));
-    product512<NATIVE>(rows, shares, pairs, values, h.size, (h.keys + 1) / 2, sums, h.size, h.size);
+    product512<NATIVE>(rows, shares, pairs, packed.values, h.size, (h.keys + 1) / 2, sums, h.size, h.size);
     for (size_t r = 0; r < rows; ++r) {
       for (size_t d = 0; d < h.size; d += 16) {
         const __m512 y = _mm512_loadu_ps(sums + r * h.size + d);
@@ -763,29 +824,6 @@ AVX512 void round512(float* x, size_t n) {
     const __mmask16 in = lanes(n - i);
     const __m512i bits = _mm512_and_si512(rounded512(_mm512_maskz_loadu_ps(in, x + i)), upper);
     _mm512_mask_storeu_ps(x + i, in, _mm512_castsi512_ps(bits));
-  }
-}
-
-// `scores` has room for twice the keys, and 32 more numbers.
-AVX512 void attend_row512(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
-                          const float* mask, float* scores, float* out) {
-  for (size_t j = 0; j < keys; ++j) {
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t d = 0; d < size; d += 16)
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + d), _mm512_loadu_ps(k + j * size + d), sum);
-    scores[j] = _mm512_reduce_add_ps(sum);
-  }
-  uint16_t* shares = reinterpret_cast<uint16_t*>(scores + (keys + 15) / 16 * 16);
-  const __m512 inverse = _mm512_set1_ps(1.0f / shares512(scores, keys, scale, mask, scores, shares));
-  for (size_t d = 0; d < size; d += 16) {
-    __m512 even = _mm512_setzero_ps(), odd = even;
-    size_t j = 0;
-    for (; j + 1 < keys; j += 2) {
-      even = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j])), _mm512_loadu_ps(v + j * size + d), even);
-      odd = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j + 1])), _mm512_loadu_ps(v + (j + 1) * size + d), odd);
-    }
-    if (j < keys) even = _mm512_fmadd_ps(_mm512_set1_ps(from_bfloat(shares[j])), _mm512_loadu_ps(v + j * size + d), even);
-    _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_add_ps(even, odd), inverse));
   }
 }
 
@@ -883,11 +921,24 @@ void normalize(const Norm& norm, size_t row, const float* x) {
   normalize_plain(norm, row, x);
 }
 
-void attend(const Head& head, std::vector<uint32_t>& scratch) {
 #if HAS_AVX512
-  if (has_vnni()) return has_bfloat() ? attend512<true>(head, scratch) : attend512<false>(head, scratch);
+void attend_packed(const Head& head, const Packed& packed) {
+  thread_local std::vector<uint32_t> scratch;
+  has_bfloat() ? attend512<true>(head, packed, scratch) : attend512<false>(head, packed, scratch);
+}
 #endif
-  attend_plain(head, scratch);
+
+void attend(const Head& head) {
+  thread_local std::vector<uint32_t> room;
+#if HAS_AVX512
+  if (has_vnni()) {
+    room.resize(Packed::size_of(head.keys, head.size));
+    const Packed packed(room.data(), head.keys, head.size);
+    pack512(packed, head.k, head.v, head.stride, nullptr, head.keys, head.size);
+    return attend_packed(head, packed);
+  }
+#endif
+  attend_plain(head, room);
 }
 
 #if HAS_AVX512
@@ -895,19 +946,11 @@ void attend(const Head& head, std::vector<uint32_t>& scratch) {
 #else
 #define CHOOSE(fast, plain) (plain)
 #define rotate512 rotate_plain
-#define attend_row512 attend_row_plain
 #define round512 round_plain
 #define add_norm512 add_norm_plain
 #define gate512 gate_plain
 #define encode512 encode_plain
 #endif
-
-void to_bfloats(const float* x, size_t n, uint16_t* out) {
-#if HAS_AVX512
-  if (has_vnni()) return to_bfloats512(x, n, out);
-#endif
-  for (size_t i = 0; i < n; ++i) out[i] = to_bfloat(x[i]);
-}
 
 void tile(const Product& p, size_t row, size_t rows, size_t panel) {
 #if HAS_AVX512
@@ -1122,7 +1165,6 @@ ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
   const size_t block = 192, blocks = (tokens + block - 1) / block;
   run.parallel(batch * heads * blocks, kStretches, [&](size_t task) {
     const size_t b = task / blocks / heads, h = task / blocks % heads;
-    thread_local std::vector<uint32_t> scratch;
     Head each = head;
     each.q = x.as<uint16_t>() + b * tokens * each.stride + h * size;
     each.k = each.q + heads * size;
@@ -1131,7 +1173,7 @@ ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
     each.out = out + b * tokens * each.out_stride + h * size;
     each.first = task % blocks * block;
     each.last = std::min(tokens, each.first + block);
-    attend(each, scratch);
+    attend(each);
   });
   return nullptr;
 }
@@ -1164,77 +1206,111 @@ void query(const Cached& c, size_t b, size_t s, size_t head, float* out) {
   rotate(c, row, angle, out);
 }
 
-// One token or few: a row of scores at a time.
-void attend_few(const Run& run, const Cached& c) {
+#if HAS_AVX512
+// The keys of one sequence that any of its queries sees, and the mask of those. Padding is left out, wherever it lies, so
+// that numbers are added in the same order with it and without.
+struct Seen {
+  std::vector<uint32_t> keys;  // empty where all are
+  std::vector<float> own;
+  const float* mask;
+  size_t stride, count;
+
+  void find(const Cached& c, size_t b) {
+    mask = c.mask_row(b, 0, 0);
+    stride = c.mask_strides[2];
+    count = c.total();
+    keys.clear();
+    if (c.mask_strides[1]) return;  // heads differ
+    std::vector<uint8_t> seen(count, 0);
+    size_t left = count;
+    for (size_t s = c.tokens; s-- > 0 && left > 0;)
+      for (size_t j = 0; j < count; ++j)
+        if (!seen[j] && mask[s * stride + j] >= kMasked) seen[j] = 1, --left;
+    if (left == 0 || left == count) return;
+    for (size_t j = 0; j < count; ++j)
+      if (seen[j]) keys.push_back(static_cast<uint32_t>(j));
+    own.resize(c.tokens * keys.size());
+    for (size_t s = 0; s < c.tokens; ++s)
+      for (size_t j = 0; j < keys.size(); ++j) own[s * keys.size() + j] = mask[s * stride + keys[j]];
+    mask = own.data();
+    stride = count = keys.size();
+  }
+
+  const uint32_t* chosen() const { return keys.empty() ? nullptr : keys.data(); }
+};
+
+// Queries [first, first + rows) of one head, by the packed keys and values that are seen.
+void attend_queries(const Cached& c, size_t b, size_t head, size_t first, size_t rows, const Packed& packed, const Seen& seen) {
+  thread_local std::vector<uint16_t> queries;
+  thread_local std::vector<float> rotated;
+  queries.resize(rows * c.size);
+  rotated.resize(c.size);
+  for (size_t s = 0; s < rows; ++s) {
+    query(c, b, first + s, head, rotated.data());
+    to_bfloats512(rotated.data(), c.size, queries.data() + s * c.size);
+  }
+  Head each{};
+  each.mask = seen.mask + first * seen.stride + (seen.chosen() ? 0 : head * c.mask_strides[1]);
+  each.mask_stride = seen.stride;
+  for (size_t s = 0; s < rows; ++s) {  // what is behind the last key that any of them sees is left out
+    size_t end = seen.count;
+    while (end > each.keys && each.mask[s * seen.stride + end - 1] < kMasked) --end;
+    each.keys = end;
+  }
+  if (each.keys == 0) each.keys = seen.count;  // queries that see nothing see all alike
+  each.q = queries.data();
+  each.stride = c.size;
+  each.size = c.size;
+  each.last = rows;
+  each.scale = c.scale;
+  each.out_float = c.out + ((b * c.tokens + first) * c.heads + head) * c.size;
+  each.out_stride = c.heads * c.size;
+  attend_packed(each, packed);
+}
+
+void attend_cached512(const Run& run, const Cached& c) {
+  const size_t total = c.total(), each = Packed::size_of(total, c.size), shared = c.heads / c.groups;
+  const bool few = c.tokens < 8;  // then one thread does all of a head of keys, and need not wait for the others
+  thread_local std::vector<uint32_t> room;
+  thread_local std::vector<Seen> sequences;
+  room.resize(c.batch * c.groups * each);
+  sequences.resize(c.batch);
+  uint32_t* packed_heads = room.data();
+  Seen* seen = sequences.data();
+  for (size_t b = 0; b < c.batch; ++b) seen[b].find(c, b);
+  run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
+    const size_t b = task / c.groups, g = task % c.groups, at = task * total * c.size;
+    extend(c, b, g);
+    const Packed packed(packed_heads + task * each, seen[b].count, c.size);
+    pack512(packed, c.k + at, c.v + at, c.size, seen[b].chosen(), seen[b].count, c.size);
+    for (size_t head = g * shared; few && head < (g + 1) * shared; ++head)
+      attend_queries(c, b, head, 0, c.tokens, packed, seen[b]);
+  });
+  if (few) return;
+  const size_t block = 96, blocks = (c.tokens + block - 1) / block;
+  run.parallel(c.batch * c.heads * blocks, kStretches, [&](size_t task) {
+    const size_t b = task / blocks / c.heads, head = task / blocks % c.heads, first = task % blocks * block;
+    const Packed packed(packed_heads + (b * c.groups + head / shared) * each, seen[b].count, c.size);
+    attend_queries(c, b, head, first, std::min(block, c.tokens - first), packed, seen[b]);
+  });
+}
+#endif
+
+void attend_cached_plain(const Run& run, const Cached& c) {
   run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
     const size_t b = task / c.groups, g = task % c.groups, shared = c.heads / c.groups;
     thread_local std::vector<float> scratch;
-    scratch.resize(2 * c.total() + 32 + c.size);
+    scratch.resize(c.total() + c.size);
     extend(c, b, g);
     const float *k = c.k + task * c.total() * c.size, *v = c.v + task * c.total() * c.size;
     for (size_t s = 0; s < c.tokens; ++s) {
       for (size_t head = g * shared; head < (g + 1) * shared; ++head) {
         query(c, b, s, head, scratch.data());
-        CHOOSE(round512, round_plain)(scratch.data(), c.size);
-        CHOOSE(attend_row512, attend_row_plain)(scratch.data(), k, v, c.total(), c.size, c.scale, c.mask_row(b, head, s),
-                                                scratch.data() + c.size,
-                                                c.out + ((b * c.tokens + s) * c.heads + head) * c.size);
+        round_plain(scratch.data(), c.size);
+        attend_row_plain(scratch.data(), k, v, c.total(), c.size, c.scale, c.mask_row(b, head, s), scratch.data() + c.size,
+                         c.out + ((b * c.tokens + s) * c.heads + head) * c.size);
       }
     }
-  });
-}
-
-// How many keys the queries [first, last) see at most: those behind are masked for all of them.
-size_t seen(const Cached& c, size_t b, size_t head, size_t first, size_t last) {
-  size_t count = 1;
-  for (size_t s = first; s < last; ++s) {
-    const float* mask = c.mask_row(b, head, s);
-    size_t end = c.total();
-    while (end > count && mask[end - 1] < -1e30f) --end;
-    count = std::max(count, end);
-  }
-  return count;
-}
-
-// A prompt: products of bfloat16.
-void attend_many(const Run& run, const Cached& c) {
-  const size_t total = c.total(), keys = c.batch * c.groups * total * c.size, shared = c.heads / c.groups;
-  thread_local std::vector<uint16_t> kept;
-  kept.resize(2 * keys);
-  uint16_t *k = kept.data(), *v = k + keys;
-  run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
-    extend(c, task / c.groups, task % c.groups);
-    const size_t first = task * total * c.size;
-    to_bfloats(c.k + first, total * c.size, k + first);
-    to_bfloats(c.v + first, total * c.size, v + first);
-  });
-  const size_t block = 96, blocks = (c.tokens + block - 1) / block;
-  run.parallel(c.batch * c.heads * blocks, 4 * kStretches, [&](size_t task) {
-    const size_t b = task / blocks / c.heads, head = task / blocks % c.heads, first = task % blocks * block;
-    const size_t rows = std::min(block, c.tokens - first);
-    thread_local std::vector<uint32_t> scratch;
-    thread_local std::vector<uint16_t> queries;
-    thread_local std::vector<float> rotated;
-    queries.resize(rows * c.size);
-    rotated.resize(c.size);
-    for (size_t s = 0; s < rows; ++s) {
-      query(c, b, first + s, head, rotated.data());
-      to_bfloats(rotated.data(), c.size, queries.data() + s * c.size);
-    }
-    Head each{};
-    each.q = queries.data();
-    each.k = k + (b * c.groups + head / shared) * total * c.size;
-    each.v = v + (b * c.groups + head / shared) * total * c.size;
-    each.mask = c.mask_row(b, head, first);
-    each.mask_stride = c.mask_strides[2];
-    each.stride = c.size;
-    each.keys = seen(c, b, head, first, first + rows);
-    each.size = c.size;
-    each.last = rows;
-    each.scale = c.scale;
-    each.out_float = c.out + ((b * c.tokens + first) * c.heads + head) * c.size;
-    each.out_stride = c.heads * c.size;
-    attend(each, scratch);
   });
 }
 
@@ -1269,7 +1345,13 @@ ort::Status* cached_attention(const Kernel& kernel, const Run& run) {
   c.out = run.output(0, with_last(qkv.shape, static_cast<int64_t>(c.heads * c.size))).as<float>();
   c.k = run.output(1, grown).as<float>();
   c.v = run.output(2, grown).as<float>();
-  c.tokens < 8 ? attend_few(run, c) : attend_many(run, c);
+#if HAS_AVX512
+  if (has_vnni()) {
+    attend_cached512(run, c);
+    return nullptr;
+  }
+#endif
+  attend_cached_plain(run, c);
   return nullptr;
 }
 
