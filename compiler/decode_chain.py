@@ -3,10 +3,14 @@
 A weight that only products read is decoded as they read it, a column for each output:
 
     codes        uint8 [1, P, N] -> BitShift -> BitShift -> Reshape [K, N]     b bits each, packed; fields of 4, 2, 1 bits
-                 4 bits: INT4 or UINT4 [K, N] instead, which needs no unpacking
+                 fields of 4 bits: INT4 or UINT4 [K, N] instead, which needs no unpacking
     Grid         Cast(codes) * multipliers + offsets                           in groups as [G, g, N]
     Codebook     GatherElements(table [2^b, N], codes), of the whole weight: Expand(table [2^b], [K, 2^b])
     BinaryCoding GatherElements(signs [2^b, b] x alphas [G, b, N], codes)      the sums of +-alpha, made in the chain
+
+Up to 3 bits two codes are looked up at once, p = c[k] + 2^b c[k + K / 2], which halves the indices; in groups, of one group:
+
+    Concat(GatherElements(Gather(table, p mod 2^b), codes), GatherElements(Gather(table, p / 2^b), codes))
 
 A table that is looked up has a row for each entry, so that a look-up decodes just the rows it reads; a product that
 reads it as well transposes it:
@@ -42,6 +46,9 @@ CODED = "scalefold.coded-weight"
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Widths that codes of so many bits are cut into, lowest bits first: only those fill bytes without a gap."""
 
+PAIRED_BITS = 3
+"""Codes of up to so many bits are looked up two at once: tables of 4 bits, 256 entries a column, cost what indices do."""
+
 FOUR_BIT_OPSET = 21
 """INT4 and UINT4 exist from here on. 2-bit tensors, from opset 25, are younger than the oldest onnxruntime supported."""
 
@@ -71,6 +78,28 @@ def origin_of(value: ir.Value | None) -> Origin | None:
     return found if isinstance(found, Origin) else None
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Codes [K, N] of b bits in G groups, or two codes in one, and the way the chain has them."""
+
+    codes: npt.NDArray[np.uint8]
+    bits: int
+    groups: int
+    by_rows: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, N] or [G, g, N], by rows [N, K] or [N, G, g]."""
+        size, outputs = self.codes.shape
+        length = (size,) if self.groups == 1 else (self.groups, size // self.groups)
+        return (outputs, *length) if self.by_rows else (*length, outputs)
+
+    def field(self, width: int, place: int) -> npt.NDArray[np.uint8]:
+        """Bits `place` to `place + width` of every code: [K, N], by rows [N, K]."""
+        field = self.codes >> np.uint8(place) & np.uint8((1 << width) - 1)
+        return field.T if self.by_rows else field
+
+
 class DecodeChain:
     """Writes one chain into a graph: that of a whole weight, of a table, or of the rows of a table that `ids` name.
 
@@ -83,7 +112,7 @@ class DecodeChain:
         by_rows: whether a row of the chain, and not a column, is an output column of the weight.
         ids: the rows to decode; all when None.
         rank: number of dimensions of `ids`.
-        four_bit: whether 4-bit codes may be a tensor of a 4-bit type, whose rows cannot be looked up.
+        four_bit: whether fields of 4 bits may be a tensor of a 4-bit type, whose rows cannot be looked up.
     """
 
     def __init__(
@@ -107,7 +136,7 @@ class DecodeChain:
         self._by_rows = by_rows
         self._ids = ids
         self._lead = rank
-        self._four_bit = four_bit and coded.bits == 4
+        self._four_bit = four_bit
         self._inputs, self._outputs = coded.codes.shape
         self._nodes: list[ir.Node] = []
 
@@ -127,11 +156,12 @@ class DecodeChain:
         central = grid.is_central(bits)
         steps = np.array([[1]], dtype=np.int8) if grid.multipliers is None else grid.multipliers
         zero = np.array([[-(1 << (bits - 1))]], dtype=np.int8)
-        signed = central and self._four_bit
+        signed = central and self._four_bit and bits == 4
         grouped = groups > 1 and not (_uniform(steps) and (central or _uniform(grid.offsets)))
         if not grouped:
             groups = 1
-        found = self._cast(self._codes(groups, signed=signed), ir.DataType.INT8)
+        codes = self._nibbles(self._stored(groups), lowest=8) if signed else self._codes(self._stored(groups))
+        found = self._cast(codes, ir.DataType.INT8)
         if central and not signed:
             found = self._add("Add", found, self._per_group("zero", zero))
         if not (steps == 1).all():
@@ -141,26 +171,50 @@ class DecodeChain:
         self._ungrouped(found, groups)
 
     def _codebook(self, codebook: Codebook) -> None:
-        index = self._cast(self._codes(), ir.DataType.INT32)
-        if codebook.table.shape[1] > 1:
-            table = self._per_output("codebook", lambda: codebook.table.T if self._by_rows else codebook.table)
-            self._add("GatherElements", table, index, axis=-1 if self._by_rows else 0)
+        table = codebook.table
+        if table.shape[1] > 1:
+            levels = self._per_output("codebook", lambda: table.T if self._by_rows else table)
+            self._look_up(levels, 1)
             return
-        table = self._constant("codebook", lambda: codebook.table[:, 0])
+        levels = self._constant("codebook", lambda: table[:, 0])
         if self._ids is not None:
-            self._add("Gather", table, index, axis=0)
-            return
-        # each row has a copy: a look-up along a row takes half the time of one that has no rows
-        shape = (self._outputs if self._by_rows else self._inputs, len(codebook.table))
-        rows = self._shared("rows_{}_{}".format(*shape), lambda: np.array(shape, dtype=np.int64))
-        self._add("GatherElements", self._add("Expand", table, rows), index, axis=-1)
+            self._add("Gather", levels, self._cast(self._codes(self._stored(1)), ir.DataType.INT32), axis=0)
+        else:
+            self._look_up(levels, 1, shared=True)
 
     def _binary_coding(self, coding: BinaryCoding) -> None:
         groups = coding.alphas.shape[1]
         table = self._sums_by_rows(coding) if self._by_rows else self._sums(coding)
-        index = self._cast(self._codes(groups), ir.DataType.INT32)
+        self._ungrouped(self._look_up(table, groups), groups)
+
+    def _look_up(self, table: ir.Value, groups: int, *, shared: bool = False) -> ir.Value:
+        """What codes stand for in a table for each output, or group of it, or in one [2^b] that all of them share."""
+        bits, size = self._coded.bits, self._inputs // groups
+        paired = not self._by_rows and bits <= PAIRED_BITS and size % 2 == 0
+        stored = self._stored(groups, paired=paired)
+        index = self._cast(self._codes(stored), ir.DataType.INT32)
         axis = -1 if self._by_rows else 1 if groups > 1 else 0
-        self._ungrouped(self._add("GatherElements", table, index, axis=axis), groups)
+        if not paired:
+            levels = self._for_each_row(table, stored.shape[0], 1 << bits) if shared else table
+            return self._add("GatherElements", levels, index, axis=-1 if shared else axis)
+        halves = []
+        for name, codes in (("low", self._low_codes), ("high", self._high_codes)):
+            repeated = self._add("Gather", table, self._shared(f"{name}_code{bits}", codes), axis=axis)
+            if shared:
+                repeated = self._for_each_row(repeated, stored.shape[0], 1 << 2 * bits)
+            halves.append(self._add("GatherElements", repeated, index, axis=-1 if shared else axis))
+        return self._add("Concat", *halves, axis=axis)
+
+    def _low_codes(self) -> npt.NDArray[np.int32]:
+        return np.arange(1 << 2 * self._coded.bits, dtype=np.int32) % (1 << self._coded.bits)
+
+    def _high_codes(self) -> npt.NDArray[np.int32]:
+        return np.arange(1 << 2 * self._coded.bits, dtype=np.int32) >> self._coded.bits
+
+    def _for_each_row(self, table: ir.Value, *shape: int) -> ir.Value:
+        """A copy for each row of the indices: a look-up along a row takes half the time of one that has no rows."""
+        rows = self._shared("rows_{}_{}".format(*shape), lambda: np.array(shape, dtype=np.int64))
+        return self._add("Expand", table, rows)
 
     def _sums(self, coding: BinaryCoding) -> ir.Value:
         """The sum that each code stands for, [G, 2^b, N] or [2^b, N]."""
@@ -179,13 +233,22 @@ class DecodeChain:
         sums = self._add("ReduceSum", self._cast(signed, ir.DataType.INT32), self._index(-1), keepdims=0)
         return self._cast(sums, ir.DataType.INT8)
 
-    def _codes(self, groups: int = 1, *, signed: bool = False) -> ir.Value:
-        """The codes as `_shape` has them: uint8, or INT4 or UINT4."""
-        if self._four_bit:
-            return self._nibbles(groups, ir.DataType.INT4 if signed else ir.DataType.UINT4)
+    def _stored(self, groups: int, *, paired: bool = False) -> _Stored:
+        """The codes, or two of a group in one, as the chain decodes them."""
+        codes, bits = self._coded.codes, self._coded.bits
+        if not paired:
+            return _Stored(codes, bits, groups, self._by_rows)
+        first, second = np.moveaxis(codes.reshape(groups, 2, -1, self._outputs), 1, 0)
+        pairs = (first | second << np.uint8(bits)).reshape(-1, self._outputs)
+        return _Stored(pairs, 2 * bits, groups, self._by_rows)
+
+    def _codes(self, stored: _Stored) -> ir.Value:
+        """The codes unpacked: uint8, or UINT4 where they are stored so."""
+        if self._four_bit and stored.bits == 4:
+            return self._nibbles(stored)
         found, place = None, 0
-        for width in FIELDS[self._coded.bits]:
-            field = self._field(width, place, groups)
+        for width in FIELDS[stored.bits]:
+            field = self._field(stored, width, place)
             if found is not None:
                 raised = self._add("BitShift", field, self._byte(place), direction="LEFT")
                 field = self._add("Add", raised, found)
@@ -193,47 +256,36 @@ class DecodeChain:
         assert found is not None
         return found
 
-    def _nibbles(self, groups: int, dtype: ir.DataType) -> ir.Value:
-        lowest = 8 if dtype == ir.DataType.INT4 else 0
-        shape = self._shape(groups)
+    def _nibbles(self, stored: _Stored, place: int = 0, lowest: int = 0) -> ir.Value:
+        """The 4 bits of the codes from `place` on: INT4 that begin at -`lowest`, or UINT4."""
+        dtype = (ir.DataType.INT4 if lowest else ir.DataType.UINT4).numpy()
         return self._constant(
-            "codes4", lambda: (self._laid_out().astype(np.int8) - lowest).astype(dtype.numpy()).reshape(shape)
+            "codes4", lambda: ((stored.field(4, place).astype(np.int8) - lowest).astype(dtype)).reshape(stored.shape)
         )
 
-    def _field(self, width: int, place: int, groups: int) -> ir.Value:
+    def _field(self, stored: _Stored, width: int, place: int) -> ir.Value:
         """Bits `place` to `place + width` of the codes: what lies above them in a byte is shifted out, then what below."""
-        each, mask = 8 // width, np.uint8((1 << width) - 1)
-        axis = 1 if self._by_rows else 0
-        packed = self._per_output(
-            f"codes{width}", lambda: pack(self._laid_out() >> np.uint8(place) & mask, width, axis=axis)
-        )
+        if self._four_bit and width == 4:
+            return self._cast(self._nibbles(stored, place), ir.DataType.UINT8)
+        each, axis = 8 // width, 1 if self._by_rows else 0
+        packed = self._per_output(f"codes{width}", lambda: pack(stored.field(width, place), width, axis=axis))
         column = (each, 1) if self._by_rows else (each, 1, 1)
         above = self._shared(
             f"above{width}_{len(column)}", lambda: np.arange(8 - width, -1, -width, dtype=np.uint8).reshape(column)
         )
         high = self._add("BitShift", packed, above, direction="LEFT")
         low = self._add("BitShift", high, self._byte(8 - width), direction="RIGHT")
-        padded = -(-self._inputs // each) * each
-        if padded == self._inputs:
-            return self._reshape(low, self._shape(groups))
-        start, end = self._index(0), self._index(self._inputs)
-        cut = self._add(
-            "Slice", self._reshape(low, self._shape(1, padded)), start, end, self._index(-1 if self._by_rows else 0)
-        )
-        return self._reshape(cut, self._shape(groups)) if groups > 1 else cut
-
-    def _laid_out(self) -> npt.NDArray[np.uint8]:
-        return self._coded.codes.T if self._by_rows else self._coded.codes
-
-    def _shape(self, groups: int = 1, inputs: int | None = None) -> tuple[int, ...]:
-        """Of the chain's values: [K, N] or [G, g, N], by rows [N, K] or [N, G, g]."""
-        size = inputs or self._inputs
-        length = (size,) if groups == 1 else (groups, size // groups)
-        return (self._outputs, *length) if self._by_rows else (*length, self._outputs)
+        size = len(stored.codes)
+        padded = -(-size // each) * each
+        if padded == size:
+            return self._reshape(low, stored.shape)
+        whole = self._reshape(low, (self._outputs, padded) if self._by_rows else (padded, self._outputs))
+        cut = self._add("Slice", whole, self._index(0), self._index(size), self._index(-1 if self._by_rows else 0))
+        return self._reshape(cut, stored.shape) if stored.groups > 1 else cut
 
     def _ungrouped(self, value: ir.Value, groups: int) -> None:
         if groups > 1:
-            self._reshape(value, self._shape())
+            self._reshape(value, self._stored(1).shape)
 
     def _index(self, number: int) -> ir.Value:
         return self._shared(f"index{number}", lambda: np.array([number], dtype=np.int64))
@@ -333,6 +385,8 @@ def stored_codes(value: ir.Value) -> list[ir.Value]:
         return [value]
     if node.op_type == "Add" and graph.producer(node.inputs[1]) is not None:
         chosen = list(node.inputs)
+    elif node.op_type == "Concat":
+        chosen = list(node.inputs[:1])
     else:
         chosen = [node.inputs[1 if node.op_type in ("Gather", "GatherElements") else 0]]
     return [leaf for entry in chosen if entry is not None for leaf in stored_codes(entry)]
@@ -398,6 +452,7 @@ _NUMPY: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
     "Add": lambda node, inputs: np.asarray(np.add(*inputs)),
     "BitShift": _bit_shift,
     "Cast": _cast,
+    "Concat": lambda node, inputs: np.concatenate(inputs, axis=_axis(node)),
     "Expand": lambda node, inputs: np.broadcast_to(inputs[0], tuple(np.asarray(inputs[1]).tolist())),
     "Gather": lambda node, inputs: np.take(inputs[0], np.asarray(inputs[1], dtype=np.int64), axis=_axis(node)),
     "GatherElements": _gather_elements,

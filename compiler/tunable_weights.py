@@ -167,33 +167,48 @@ def _coding(value: ir.Value) -> Coding | None:
     while node is not None and node.op_type in ("Transpose", "Reshape"):
         by_rows = by_rows or node.op_type == "Transpose"
         node = graph.producer(node.inputs[0])
-    if node is None or node.op_type not in ("Gather", "GatherElements"):
+    paired = node is not None and node.op_type == "Concat"
+    lookups = [graph.producer(half) for half in node.inputs] if node is not None and paired else [node]
+    levels = [_levels(lookup) for lookup in lookups if lookup is not None]
+    if not levels or levels[0] is None or lookups[0] is None:
         return None
-    expand = graph.producer(node.inputs[0], "Expand")
-    table = node.inputs[0] if expand is None else expand.inputs[0]
-    constant = table if graph.producer(table) is None else _alphas(table)
-    index = decode_chain.evaluate(node.inputs[1])
-    if constant is None or index is None or len(graph.consumers(constant)) != 1:
+    constant, binary = levels[0].constant, levels[0].binary
+    index, array = decode_chain.evaluate(lookups[0].inputs[1]), graph.constant(constant)
+    if index is None or array is None or {*graph.consumers(constant)} != {found.reader for found in levels if found}:
         return None
-    array = graph.constant(constant)
-    if array is None:
-        return None
-    binary = constant is not table
     entries = _alpha_entries(array, by_rows) if binary else _codebook_entries(array, by_rows)
-    codes = index.reshape(len(index), -1).T if by_rows else index.reshape(-1, index.shape[-1])
-    codes = np.ascontiguousarray(codes, dtype=np.uint8)
-    return Coding(codes, constant.name or "", array.shape, entries, binary, by_rows)
+    codes = index.astype(np.uint8)
+    if paired:
+        bits = np.uint8(len(entries) if binary else len(entries).bit_length() - 1)
+        codes = np.concatenate([codes & np.uint8((1 << bits) - 1), codes >> bits], axis=-2)
+    codes = codes.reshape(len(codes), -1).T if by_rows else codes.reshape(-1, codes.shape[-1])
+    return Coding(np.ascontiguousarray(codes), constant.name or "", array.shape, entries, binary, by_rows)
 
 
-def _alphas(table: ir.Value | None) -> ir.Value | None:
-    """The alphas of Cast(MatMulInteger(signs, alphas)), or of Cast(ReduceSum(Cast(alphas * signs)))."""
-    node = graph.producer(table)
-    while node is not None and node.op_type in ("Cast", "ReduceSum"):
-        node = graph.producer(node.inputs[0])
-    if node is None or node.op_type not in ("MatMulInteger", "Mul"):
+@dataclass(frozen=True, eq=False)
+class _Levels:
+    """The constant that levels are made of, the node of the chain that reads it, and whether it holds alphas."""
+
+    constant: ir.Value
+    reader: ir.Node
+    binary: bool
+
+
+def _levels(lookup: ir.Node) -> _Levels | None:
+    """Codebook, or alphas of Cast(MatMulInteger(signs, alphas)) or Cast(ReduceSum(Cast(alphas * signs)))."""
+    if lookup.op_type not in ("Gather", "GatherElements"):
         return None
-    found = node.inputs[1 if node.op_type == "MatMulInteger" else 0]
-    return found if found is not None and found.is_initializer() else None
+    reader, place = lookup, 0
+    while (node := graph.producer(reader.inputs[place])) is not None and node.op_type in _OF_LEVELS:
+        reader, place = node, 1 if node.op_type == "MatMulInteger" else 0
+    constant = reader.inputs[place]
+    if constant is None or not constant.is_initializer():
+        return None
+    return _Levels(constant, reader, reader.op_type in ("MatMulInteger", "Mul"))
+
+
+_OF_LEVELS = ("Cast", "Expand", "Gather", "MatMulInteger", "Mul", "ReduceSum")
+"""What stands between a look-up and the constant that its levels are made of."""
 
 
 def _alpha_entries(array: npt.NDArray[np.generic], by_rows: bool) -> Int8:

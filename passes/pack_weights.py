@@ -83,7 +83,7 @@ def _pack(model: ir.Model, value: ir.Value, origin: Origin, common: dict[str, ir
     if not value.uses():
         return
     modern = model.graph.opset_imports.get("", 0) >= RAISED_FROM
-    if modern and not gathers and origin.coded.bits == 4:
+    if modern and not gathers and origin.coded.bits > 1:
         graph.require_opset(model, "", FOUR_BIT_OPSET)
         model.ir_version = max(model.ir_version, IR_VERSION)
     by_rows = origin.by_rows or bool(gathers)

@@ -9,6 +9,7 @@ import pytest
 from scalefold.compiler import graph
 from scalefold.compiler.decode_chain import (
     FIELDS,
+    PAIRED_BITS,
     DecodeChain,
     evaluate,
     is_constant,
@@ -138,6 +139,18 @@ def test_packed_fields_follow_each_other_a_row_at_a_time(width: int) -> None:
     for place in range(each):
         field = packed[:, 0] >> np.uint8(width * place) & np.uint8((1 << width) - 1)
         np.testing.assert_array_equal(field, codes[:, 3 * place : 3 * place + 3])
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_two_codes_of_few_bits_are_looked_up_at_once(bits: int) -> None:
+    for name, weight in coded(bits).items():
+        model = empty(21)
+        add_chain(model, weight, name, by_rows=False, four_bit=True)
+        indices = [
+            node.outputs[0] for node in graph.nodes(model, "Cast") if node.attributes["to"].value == ir.DataType.INT32
+        ]
+        sizes = [array.size for index in indices if (array := evaluate(index)) is not None]
+        assert sizes == ([] if isinstance(weight.decoder, Grid) else [K * N // (2 if bits <= PAIRED_BITS else 1)]), name
 
 
 def test_the_fields_of_every_width_add_up_to_it() -> None:
