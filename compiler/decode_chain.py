@@ -1,17 +1,29 @@
 """Decode chains: a coded weight as constants of its true width and the integer operators that make int8 of them.
 
-One row of a chain is one output column of the weight, so that a look-up of embeddings can decode just the rows it reads:
+A weight that only products read is decoded as they read it, a column for each output:
 
-    codes        uint8 [N, 1, P] -> BitShift -> BitShift -> Reshape [N, K]     b bits each, packed; fields of 4, 2, 1 bits
-                 4 bits: INT4 or UINT4 [N, K] instead, which needs no unpacking
-    Grid         Cast(codes) * multipliers + offsets                           in groups as [N, G, g]
-    Codebook     GatherElements(table [N, 2^b], codes), of the whole weight: Expand(table [2^b], [N, 2^b])
-    BinaryCoding GatherElements(ReduceSum(alphas * signs) [N, G, 2^b], codes)  the sums of +-alpha, made in the chain
-    weight       Transpose [K, N], int8
+    codes        uint8 [1, P, N] -> BitShift -> BitShift -> Reshape [K, N]     b bits each, packed; fields of 4, 2, 1 bits
+                 fields of 4 bits: INT4 or UINT4 [K, N] instead, which needs no unpacking
+    Grid         Cast(codes) * multipliers + offsets                           in groups as [G, g, N]
+    Codebook     GatherElements(table [2^b, N], codes), of the whole weight: Expand(table [2^b], [K, 2^b])
+    BinaryCoding GatherElements(signs [2^b, b] x alphas [G, b, N], codes)      the sums of +-alpha, made in the chain
+
+Up to 3 bits two codes are looked up at once, p = c[k] + 2^b c[k + K / 2], which halves the indices; in groups, of one group:
+
+    Concat(GatherElements(Gather(table, p mod 2^b), codes), GatherElements(Gather(table, p / 2^b), codes))
+
+A table that is looked up has a row for each entry, so that a look-up decodes just the rows it reads; a product that
+reads it as well transposes it:
+
+    codes        uint8 [N, 1, P] ..., Grid in groups as [N, G, g], Codebook [N, 2^b]
+    BinaryCoding GatherElements(ReduceSum(alphas * signs) [N, G, 2^b], codes)
 
 Everything in it is a constant, and an integer: onnxruntime folds it once, at load, to the int8 weight that its kernel
 packs, where a float codebook would be folded to a float weight. Products in int8 may wrap around before the offset
 brings them back: integer arithmetic modulo 256 is exact. Needs opset 17.
+
+Loading takes as long as a chain's operators write bytes: onnxruntime keeps all they give until the whole graph is folded,
+and most of the time is the kernel's, for pages that are new.
 """
 
 from __future__ import annotations
@@ -33,6 +45,9 @@ CODED = "scalefold.coded-weight"
 
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Widths that codes of so many bits are cut into, lowest bits first: only those fill bytes without a gap."""
+
+PAIRED_BITS = 3
+"""Codes of up to so many bits are looked up two at once: tables of 4 bits, 256 entries a column, cost what indices do."""
 
 FOUR_BIT_OPSET = 21
 """INT4 and UINT4 exist from here on. 2-bit tensors, from opset 25, are younger than the oldest onnxruntime supported."""
@@ -63,8 +78,30 @@ def origin_of(value: ir.Value | None) -> Origin | None:
     return found if isinstance(found, Origin) else None
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Codes [K, N] of b bits in G groups, or two codes in one, and the way the chain has them."""
+
+    codes: npt.NDArray[np.uint8]
+    bits: int
+    groups: int
+    by_rows: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, N] or [G, g, N], by rows [N, K] or [N, G, g]."""
+        size, outputs = self.codes.shape
+        length = (size,) if self.groups == 1 else (self.groups, size // self.groups)
+        return (outputs, *length) if self.by_rows else (*length, outputs)
+
+    def field(self, width: int, place: int) -> npt.NDArray[np.uint8]:
+        """Bits `place` to `place + width` of every code: [K, N], by rows [N, K]."""
+        field = self.codes >> np.uint8(place) & np.uint8((1 << width) - 1)
+        return field.T if self.by_rows else field
+
+
 class DecodeChain:
-    """Writes one chain into a graph: that of a whole weight, or of the rows that `ids` name.
+    """Writes one chain into a graph: that of a whole weight, of a table, or of the rows of a table that `ids` name.
 
     Args:
         model: the graph; constants are added to it, nodes are not.
@@ -72,9 +109,10 @@ class DecodeChain:
         name: what constants and nodes are named after.
         constants: the weight's constants so far by name; chains that share them store them once.
         common: the same for small constants that belong to no weight, such as shapes.
+        by_rows: whether a row of the chain, and not a column, is an output column of the weight.
         ids: the rows to decode; all when None.
         rank: number of dimensions of `ids`.
-        four_bit: whether 4-bit codes may be a tensor of a 4-bit type, whose rows cannot be looked up.
+        four_bit: whether fields of 4 bits may be a tensor of a 4-bit type, whose rows cannot be looked up.
     """
 
     def __init__(
@@ -85,6 +123,7 @@ class DecodeChain:
         constants: dict[str, ir.Value],
         common: dict[str, ir.Value],
         *,
+        by_rows: bool = False,
         ids: ir.Value | None = None,
         rank: int = 1,
         four_bit: bool = False,
@@ -94,14 +133,15 @@ class DecodeChain:
         self._name = name
         self._constants = constants
         self._common = common
+        self._by_rows = by_rows
         self._ids = ids
         self._lead = rank
-        self._four_bit = four_bit and coded.bits == 4
-        self._rows, self._columns = coded.codes.shape[1], coded.codes.shape[0]
+        self._four_bit = four_bit
+        self._inputs, self._outputs = coded.codes.shape
         self._nodes: list[ir.Node] = []
 
     def nodes(self) -> list[ir.Node]:
-        """The nodes in order; the last one's output is int8 [N, K], or [*ids, K]."""
+        """The nodes in order; the last one's output is int8 [K, N], by rows [N, K] or [*ids, K]."""
         decoder = self._coded.decoder
         if isinstance(decoder, Grid):
             self._grid(decoder)
@@ -116,55 +156,99 @@ class DecodeChain:
         central = grid.is_central(bits)
         steps = np.array([[1]], dtype=np.int8) if grid.multipliers is None else grid.multipliers
         zero = np.array([[-(1 << (bits - 1))]], dtype=np.int8)
-        signed = central and self._four_bit
-        found = self._cast(self._nibbles(ir.DataType.INT4) if signed else self._codes(), ir.DataType.INT8)
+        signed = central and self._four_bit and bits == 4
         grouped = groups > 1 and not (_uniform(steps) and (central or _uniform(grid.offsets)))
-        if grouped:
-            found = self._reshape(found, groups, self._columns // groups)
+        if not grouped:
+            groups = 1
+        codes = self._nibbles(self._stored(groups), lowest=8) if signed else self._codes(self._stored(groups))
+        found = self._cast(codes, ir.DataType.INT8)
         if central and not signed:
             found = self._add("Add", found, self._per_group("zero", zero))
         if not (steps == 1).all():
             found = self._add("Mul", found, self._per_group("multipliers", steps))
         if not central:
             found = self._add("Add", found, self._per_group("offsets", grid.offsets))
-        if grouped:
-            self._reshape(found, self._columns)
+        self._ungrouped(found, groups)
 
     def _codebook(self, codebook: Codebook) -> None:
-        index = self._cast(self._codes(), ir.DataType.INT32)
-        if codebook.table.shape[1] > 1:
-            self._add("GatherElements", self._per_row("codebook", lambda: codebook.table.T), index, axis=-1)
+        table = codebook.table
+        if table.shape[1] > 1:
+            levels = self._per_output("codebook", lambda: table.T if self._by_rows else table)
+            self._look_up(levels, 1)
             return
-        table = self._constant("codebook", lambda: codebook.table[:, 0])
+        levels = self._constant("codebook", lambda: table[:, 0])
         if self._ids is not None:
-            self._add("Gather", table, index, axis=0)
-            return
-        # each row has a copy: a look-up along a row takes half the time of one that has no rows
-        shape = (self._rows, len(codebook.table))
-        rows = self._shared("rows_{}_{}".format(*shape), lambda: np.array(shape, dtype=np.int64))
-        self._add("GatherElements", self._add("Expand", table, rows), index, axis=-1)
+            self._add("Gather", levels, self._cast(self._codes(self._stored(1)), ir.DataType.INT32), axis=0)
+        else:
+            self._look_up(levels, 1, shared=True)
 
     def _binary_coding(self, coding: BinaryCoding) -> None:
         groups = coding.alphas.shape[1]
-        shape = (self._rows, groups, 1, -1) if groups > 1 else (self._rows, 1, -1)
-        alphas = self._per_row("alphas", lambda: coding.alphas.transpose(2, 1, 0).reshape(shape))
+        table = self._sums_by_rows(coding) if self._by_rows else self._sums(coding)
+        self._ungrouped(self._look_up(table, groups), groups)
+
+    def _look_up(self, table: ir.Value, groups: int, *, shared: bool = False) -> ir.Value:
+        """What codes stand for in a table for each output, or group of it, or in one [2^b] that all of them share."""
+        bits, size = self._coded.bits, self._inputs // groups
+        paired = not self._by_rows and bits <= PAIRED_BITS and size % 2 == 0
+        stored = self._stored(groups, paired=paired)
+        index = self._cast(self._codes(stored), ir.DataType.INT32)
+        axis = -1 if self._by_rows else 1 if groups > 1 else 0
+        if not paired:
+            levels = self._for_each_row(table, stored.shape[0], 1 << bits) if shared else table
+            return self._add("GatherElements", levels, index, axis=-1 if shared else axis)
+        halves = []
+        for name, codes in (("low", self._low_codes), ("high", self._high_codes)):
+            repeated = self._add("Gather", table, self._shared(f"{name}_code{bits}", codes), axis=axis)
+            if shared:
+                repeated = self._for_each_row(repeated, stored.shape[0], 1 << 2 * bits)
+            halves.append(self._add("GatherElements", repeated, index, axis=-1 if shared else axis))
+        return self._add("Concat", *halves, axis=axis)
+
+    def _low_codes(self) -> npt.NDArray[np.int32]:
+        return np.arange(1 << 2 * self._coded.bits, dtype=np.int32) % (1 << self._coded.bits)
+
+    def _high_codes(self) -> npt.NDArray[np.int32]:
+        return np.arange(1 << 2 * self._coded.bits, dtype=np.int32) >> self._coded.bits
+
+    def _for_each_row(self, table: ir.Value, *shape: int) -> ir.Value:
+        """A copy for each row of the indices: a look-up along a row takes half the time of one that has no rows."""
+        rows = self._shared("rows_{}_{}".format(*shape), lambda: np.array(shape, dtype=np.int64))
+        return self._add("Expand", table, rows)
+
+    def _sums(self, coding: BinaryCoding) -> ir.Value:
+        """The sum that each code stands for, [G, 2^b, N] or [2^b, N]."""
+        bits = self._coded.bits
+        alphas = self._constant("alphas", lambda: _without_one_group(coding.alphas.transpose(1, 0, 2)))
+        # 2, 0 and the zero point 1 in place of 1, -1 and none: products of signed integers have no fast kernel
+        signs = self._shared(f"shifted_signs{bits}", lambda: (bit_signs(bits) + 1).astype(np.uint8))
+        return self._cast(self._add("MatMulInteger", signs, alphas, self._byte(1)), ir.DataType.INT8)
+
+    def _sums_by_rows(self, coding: BinaryCoding) -> ir.Value:
+        """The sum that each code stands for, [N, G, 2^b] or [N, 2^b]."""
+        groups = coding.alphas.shape[1]
+        shape = (self._outputs, groups, 1, -1) if groups > 1 else (self._outputs, 1, -1)
+        alphas = self._per_output("alphas", lambda: coding.alphas.transpose(2, 1, 0).reshape(shape))
         signed = self._add("Mul", alphas, self._shared(f"signs{self._coded.bits}", lambda: bit_signs(self._coded.bits)))
         sums = self._add("ReduceSum", self._cast(signed, ir.DataType.INT32), self._index(-1), keepdims=0)
-        table = self._cast(sums, ir.DataType.INT8)
-        index = self._cast(self._codes(), ir.DataType.INT32)
-        if groups > 1:
-            index = self._reshape(index, groups, self._columns // groups)
-        found = self._add("GatherElements", table, index, axis=-1)
-        if groups > 1:
-            self._reshape(found, self._columns)
+        return self._cast(sums, ir.DataType.INT8)
 
-    def _codes(self) -> ir.Value:
-        """The codes [N, K], or [*ids, K]: uint8, or UINT4."""
-        if self._four_bit:
-            return self._nibbles(ir.DataType.UINT4)
+    def _stored(self, groups: int, *, paired: bool = False) -> _Stored:
+        """The codes, or two of a group in one, as the chain decodes them."""
+        codes, bits = self._coded.codes, self._coded.bits
+        if not paired:
+            return _Stored(codes, bits, groups, self._by_rows)
+        first, second = np.moveaxis(codes.reshape(groups, 2, -1, self._outputs), 1, 0)
+        pairs = (first | second << np.uint8(bits)).reshape(-1, self._outputs)
+        return _Stored(pairs, 2 * bits, groups, self._by_rows)
+
+    def _codes(self, stored: _Stored) -> ir.Value:
+        """The codes unpacked: uint8, or UINT4 where they are stored so."""
+        if self._four_bit and stored.bits == 4:
+            return self._nibbles(stored)
         found, place = None, 0
-        for width in FIELDS[self._coded.bits]:
-            field = self._field(width, place)
+        for width in FIELDS[stored.bits]:
+            field = self._field(stored, width, place)
             if found is not None:
                 raised = self._add("BitShift", field, self._byte(place), direction="LEFT")
                 field = self._add("Add", raised, found)
@@ -172,23 +256,36 @@ class DecodeChain:
         assert found is not None
         return found
 
-    def _nibbles(self, dtype: ir.DataType) -> ir.Value:
-        lowest = 8 if dtype == ir.DataType.INT4 else 0
-        return self._constant("codes4", lambda: (self._coded.codes.T.astype(np.int8) - lowest).astype(dtype.numpy()))
+    def _nibbles(self, stored: _Stored, place: int = 0, lowest: int = 0) -> ir.Value:
+        """The 4 bits of the codes from `place` on: INT4 that begin at -`lowest`, or UINT4."""
+        dtype = (ir.DataType.INT4 if lowest else ir.DataType.UINT4).numpy()
+        return self._constant(
+            "codes4", lambda: ((stored.field(4, place).astype(np.int8) - lowest).astype(dtype)).reshape(stored.shape)
+        )
 
-    def _field(self, width: int, place: int) -> ir.Value:
+    def _field(self, stored: _Stored, width: int, place: int) -> ir.Value:
         """Bits `place` to `place + width` of the codes: what lies above them in a byte is shifted out, then what below."""
-        each, mask = 8 // width, np.uint8((1 << width) - 1)
-        packed = self._per_row(f"codes{width}", lambda: pack(self._coded.codes.T >> np.uint8(place) & mask, width))
-        above = self._shared(f"above{width}", lambda: np.arange(8 - width, -1, -width, dtype=np.uint8).reshape(each, 1))
+        if self._four_bit and width == 4:
+            return self._cast(self._nibbles(stored, place), ir.DataType.UINT8)
+        each, axis = 8 // width, 1 if self._by_rows else 0
+        packed = self._per_output(f"codes{width}", lambda: pack(stored.field(width, place), width, axis=axis))
+        column = (each, 1) if self._by_rows else (each, 1, 1)
+        above = self._shared(
+            f"above{width}_{len(column)}", lambda: np.arange(8 - width, -1, -width, dtype=np.uint8).reshape(column)
+        )
         high = self._add("BitShift", packed, above, direction="LEFT")
         low = self._add("BitShift", high, self._byte(8 - width), direction="RIGHT")
-        padded = -(-self._columns // each) * each
-        row = self._reshape(low, padded)
-        if padded == self._columns:
-            return row
-        start, end, axis = self._index(0), self._index(self._columns), self._index(-1)
-        return self._add("Slice", row, start, end, axis)
+        size = len(stored.codes)
+        padded = -(-size // each) * each
+        if padded == size:
+            return self._reshape(low, stored.shape)
+        whole = self._reshape(low, (self._outputs, padded) if self._by_rows else (padded, self._outputs))
+        cut = self._add("Slice", whole, self._index(0), self._index(size), self._index(-1 if self._by_rows else 0))
+        return self._reshape(cut, stored.shape) if stored.groups > 1 else cut
+
+    def _ungrouped(self, value: ir.Value, groups: int) -> None:
+        if groups > 1:
+            self._reshape(value, self._stored(1).shape)
 
     def _index(self, number: int) -> ir.Value:
         return self._shared(f"index{number}", lambda: np.array([number], dtype=np.int64))
@@ -197,13 +294,15 @@ class DecodeChain:
         return self._shared(f"byte{number}", lambda: np.array(number, dtype=np.uint8))
 
     def _per_group(self, suffix: str, values: npt.NDArray[np.int8]) -> ir.Value:
-        """int8 [G, N] as it broadcasts against rows in groups; one number where all are equal."""
+        """int8 [G, N] as it broadcasts against values in groups; one number where all are equal."""
         if _uniform(values):
             return self._constant(suffix, lambda: np.array(values.flat[0]))
-        return self._per_row(suffix, lambda: values.T[:, :, None] if values.shape[0] > 1 else values.T)
+        if self._by_rows:
+            return self._per_output(suffix, lambda: values.T[:, :, None] if values.shape[0] > 1 else values.T)
+        return self._constant(suffix, lambda: values[:, None, :] if values.shape[0] > 1 else values)
 
-    def _per_row(self, suffix: str, make: Callable[[], Array]) -> ir.Value:
-        """A constant with an entry for each row of the chain, or the entries of the rows `ids`."""
+    def _per_output(self, suffix: str, make: Callable[[], Array]) -> ir.Value:
+        """A constant with an entry for each output column, or the entries of the rows `ids`."""
         value = self._constant(suffix, make)
         return value if self._ids is None else self._add("Gather", value, self._ids, axis=0)
 
@@ -217,8 +316,8 @@ class DecodeChain:
             self._constants[suffix] = graph.add_initializer(self._model, f"{self._name}_{suffix}", make())
         return self._constants[suffix]
 
-    def _reshape(self, value: ir.Value, *row: int) -> ir.Value:
-        shape = [*[0] * self._lead, *row]
+    def _reshape(self, value: ir.Value, wanted: tuple[int, ...]) -> ir.Value:
+        shape = [*[0] * self._lead, *wanted[1:]] if self._by_rows else list(wanted)
         name = "shape_" + "_".join(map(str, shape))
         return self._add("Reshape", value, self._shared(name, lambda: np.array(shape, dtype=np.int64)))
 
@@ -231,12 +330,17 @@ class DecodeChain:
         return node.outputs[0]
 
 
-def pack(codes: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
-    """Codes [N, K] of 1, 2 or 4 bits as bytes [N, 1, P]: byte p of a row holds codes p, P + p, 2 P + p ..., lowest first."""
+def pack(codes: npt.NDArray[np.uint8], width: int, *, axis: int) -> npt.NDArray[np.uint8]:
+    """Codes of 1, 2 or 4 bits as bytes: byte p holds codes p, P + p, 2 P + p ... along `axis`, lowest first.
+
+    An axis of 1 is added in front of that one, to be unpacked to: rows [N, K] to [N, 1, P], columns [K, N] to [1, P, N].
+    """
     each = 8 // width
-    fields = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each))).reshape(len(codes), each, -1)
+    rows = codes if axis else codes.T
+    fields = np.pad(rows, ((0, 0), (0, -rows.shape[1] % each))).reshape(len(rows), each, -1)
     places = np.arange(0, 8, width, dtype=np.uint8).reshape(each, 1)
-    return np.asarray(np.bitwise_or.reduce(fields << places, axis=1, keepdims=True), dtype=np.uint8)
+    packed = np.bitwise_or.reduce(fields << places, axis=1, keepdims=True)
+    return np.ascontiguousarray(packed if axis else packed.transpose(1, 2, 0), dtype=np.uint8)
 
 
 def evaluate(value: ir.Value | None) -> Array | None:
@@ -281,9 +385,15 @@ def stored_codes(value: ir.Value) -> list[ir.Value]:
         return [value]
     if node.op_type == "Add" and graph.producer(node.inputs[1]) is not None:
         chosen = list(node.inputs)
+    elif node.op_type == "Concat":
+        chosen = list(node.inputs[:1])
     else:
         chosen = [node.inputs[1 if node.op_type in ("Gather", "GatherElements") else 0]]
     return [leaf for entry in chosen if entry is not None for leaf in stored_codes(entry)]
+
+
+def _without_one_group(alphas: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    return alphas[0] if len(alphas) == 1 else alphas
 
 
 def _uniform(values: Array) -> bool:
@@ -316,6 +426,11 @@ def _gather_elements(node: ir.Node, inputs: list[Array]) -> Array:
     return np.take_along_axis(inputs[0], np.asarray(inputs[1], dtype=np.int64), axis=_axis(node))
 
 
+def _matmul_integer(node: ir.Node, inputs: list[Array]) -> Array:
+    left, right, zero_point = (np.asarray(entry, dtype=np.int32) for entry in inputs)
+    return np.asarray(np.matmul(left - zero_point, right))
+
+
 def _axis(node: ir.Node) -> int:
     axis = graph.attribute(node, "axis", 0)
     assert isinstance(axis, int)
@@ -337,9 +452,11 @@ _NUMPY: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
     "Add": lambda node, inputs: np.asarray(np.add(*inputs)),
     "BitShift": _bit_shift,
     "Cast": _cast,
+    "Concat": lambda node, inputs: np.concatenate(inputs, axis=_axis(node)),
     "Expand": lambda node, inputs: np.broadcast_to(inputs[0], tuple(np.asarray(inputs[1]).tolist())),
     "Gather": lambda node, inputs: np.take(inputs[0], np.asarray(inputs[1], dtype=np.int64), axis=_axis(node)),
     "GatherElements": _gather_elements,
+    "MatMulInteger": _matmul_integer,
     "Mul": lambda node, inputs: np.asarray(np.multiply(*inputs)),
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,

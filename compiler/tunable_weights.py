@@ -2,7 +2,7 @@
 
     MatMulIntegerToFloat(q, integers, s, scales, z, -, b)      lowered
     MatMul(x, DequantizeLinear(integers, scales))              QDQ
-    integers = Transpose(decode(codes, alphas or codebook))    compiler/decode_chain.py
+    integers = decode(codes, alphas or codebook)               compiler/decode_chain.py
 
 What else is made of a weight must follow it: behind an activation with a range for each token stand the sums of the
 weight's columns.
@@ -37,6 +37,7 @@ class Coding:
         codes: uint8 [K, N].
         constant: name of the constant that holds the alphas or the codebook.
         shape: of that constant.
+        by_rows: whether its first axis, and not its last, is the weight's columns.
         entries: its numbers, int8: alphas [q, G, N], or a codebook [2**bits, 1, N or 1].
         binary: whether they are alphas.
     """
@@ -46,6 +47,7 @@ class Coding:
     shape: tuple[int, ...]
     entries: Int8
     binary: bool
+    by_rows: bool = False
 
     @property
     def group_size(self) -> int:
@@ -66,9 +68,10 @@ class Coding:
     def stored(self, entries: Int8) -> Int8:
         """`entries` as the constant holds them."""
         if self.binary:
-            return np.ascontiguousarray(entries.transpose(2, 1, 0)).reshape(self.shape)
+            order = (2, 1, 0) if self.by_rows else (1, 0, 2)
+            return np.ascontiguousarray(entries.transpose(order)).reshape(self.shape)
         table = entries[:, 0]
-        return np.ascontiguousarray(table.T if len(self.shape) == 2 else table[:, 0])
+        return np.ascontiguousarray(table.T if self.by_rows else table).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,39 +163,65 @@ def _column_sums(product: ir.Node) -> ir.Value | None:
 
 def _coding(value: ir.Value) -> Coding | None:
     """What a chain decodes, when its levels are a constant that nothing else reads."""
-    node = graph.producer(value)
+    node, by_rows = graph.producer(value), False
     while node is not None and node.op_type in ("Transpose", "Reshape"):
+        by_rows = by_rows or node.op_type == "Transpose"
         node = graph.producer(node.inputs[0])
-    if node is None or node.op_type not in ("Gather", "GatherElements"):
+    paired = node is not None and node.op_type == "Concat"
+    lookups = [graph.producer(half) for half in node.inputs] if node is not None and paired else [node]
+    levels = [_levels(lookup) for lookup in lookups if lookup is not None]
+    if not levels or levels[0] is None or lookups[0] is None:
         return None
-    expand = graph.producer(node.inputs[0], "Expand")
-    table = node.inputs[0] if expand is None else expand.inputs[0]
-    constant = table if graph.producer(table) is None else _alphas(table)
-    index = decode_chain.evaluate(node.inputs[1])
-    if constant is None or index is None or len(graph.consumers(constant)) != 1:
+    constant, binary = levels[0].constant, levels[0].binary
+    index, array = decode_chain.evaluate(lookups[0].inputs[1]), graph.constant(constant)
+    if index is None or array is None or {*graph.consumers(constant)} != {found.reader for found in levels if found}:
         return None
-    array, codes = graph.constant(constant), index.reshape(len(index), -1).T
-    if array is None:
+    entries = _alpha_entries(array, by_rows) if binary else _codebook_entries(array, by_rows)
+    codes = index.astype(np.uint8)
+    if paired:
+        bits = np.uint8(len(entries) if binary else len(entries).bit_length() - 1)
+        codes = np.concatenate([codes & np.uint8((1 << bits) - 1), codes >> bits], axis=-2)
+    codes = codes.reshape(len(codes), -1).T if by_rows else codes.reshape(-1, codes.shape[-1])
+    return Coding(np.ascontiguousarray(codes), constant.name or "", array.shape, entries, binary, by_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Levels:
+    """The constant that levels are made of, the node of the chain that reads it, and whether it holds alphas."""
+
+    constant: ir.Value
+    reader: ir.Node
+    binary: bool
+
+
+def _levels(lookup: ir.Node) -> _Levels | None:
+    """Codebook, or alphas of Cast(MatMulInteger(signs, alphas)) or Cast(ReduceSum(Cast(alphas * signs)))."""
+    if lookup.op_type not in ("Gather", "GatherElements"):
         return None
-    binary = constant is not table
-    entries = _alpha_entries(array) if binary else _codebook_entries(array)
-    return Coding(np.ascontiguousarray(codes, dtype=np.uint8), constant.name or "", array.shape, entries, binary)
+    reader, place = lookup, 0
+    while (node := graph.producer(reader.inputs[place])) is not None and node.op_type in _OF_LEVELS:
+        reader, place = node, 1 if node.op_type == "MatMulInteger" else 0
+    constant = reader.inputs[place]
+    if constant is None or not constant.is_initializer():
+        return None
+    return _Levels(constant, reader, reader.op_type in ("MatMulInteger", "Mul"))
 
 
-def _alphas(table: ir.Value | None) -> ir.Value | None:
-    """The alphas of Cast(ReduceSum(Cast(alphas * signs)))."""
-    node = graph.producer(table)
-    while node is not None and node.op_type in ("Cast", "ReduceSum"):
-        node = graph.producer(node.inputs[0])
-    found = node.inputs[0] if node is not None and node.op_type == "Mul" else None
-    return found if found is not None and found.is_initializer() else None
+_OF_LEVELS = ("Cast", "Expand", "Gather", "MatMulInteger", "Mul", "ReduceSum")
+"""What stands between a look-up and the constant that its levels are made of."""
 
 
-def _alpha_entries(array: npt.NDArray[np.generic]) -> Int8:
-    rows, bits = array.shape[0], array.shape[-1]
-    return np.ascontiguousarray(np.asarray(array, dtype=np.int8).reshape(rows, -1, bits).transpose(2, 1, 0))
+def _alpha_entries(array: npt.NDArray[np.generic], by_rows: bool) -> Int8:
+    """Alphas [N, (G,) 1, q] or [(G,) q, N] as [q, G, N]."""
+    alphas = np.asarray(array, dtype=np.int8)
+    if by_rows:
+        return np.ascontiguousarray(alphas.reshape(len(alphas), -1, alphas.shape[-1]).transpose(2, 1, 0))
+    return np.ascontiguousarray(alphas.reshape(-1, *alphas.shape[-2:]).transpose(1, 0, 2))
 
 
-def _codebook_entries(array: npt.NDArray[np.generic]) -> Int8:
+def _codebook_entries(array: npt.NDArray[np.generic], by_rows: bool) -> Int8:
+    """A codebook [2**bits], [N, 2**bits] or [2**bits, N] as [2**bits, 1, N or 1]."""
     table = np.asarray(array, dtype=np.int8)
-    return np.ascontiguousarray((table[:, None] if table.ndim == 1 else table.T)[:, None, :])
+    return np.ascontiguousarray(
+        (table.T if by_rows else table).reshape(table.shape[-1] if by_rows else len(table), 1, -1)
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from scalefold.compiler import artifact, graph, saturation
+from scalefold.compiler import artifact, decode_chain, graph, saturation
 from scalefold.compiler.calibrate import padding_mask, rows_of
 from scalefold.compiler.decoder import ROWS
 from scalefold.compiler.errors import KernelError, SourceError
@@ -217,7 +217,9 @@ def require_integer_kernels(kernels: Sequence[LayerKernel], allow_float: Sequenc
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
-    """The constant that holds a layer's weight, and whether it is integer codes."""
+    """The constant of a layer's weight, and whether it is integer codes; None for a product inside a decode chain."""
+    if decode_chain.is_constant(node.outputs[0]):
+        return None, False
     value = node.inputs[WEIGHT_INPUT.get(node.op_type, 1)]
     dequantize = weight_dequantizer(node) if node.op_type in ("MatMul", "Gemm", "FusedMatMul") else None
     if dequantize is not None:

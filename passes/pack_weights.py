@@ -23,7 +23,7 @@ IR_VERSION = 10
 class PackWeights:
     """Replace int8 constants that were decoded from fewer bits by the codes and a chain that decodes them.
 
-    before:  integers [K, N]                                 after:  Transpose(decode(codes [N, K]))
+    before:  integers [K, N]                                 after:  decode(codes [K, N])
     before:  Gather(integers [V, H], ids), integers          after:  decode(Gather(codes [V, H], ids)), decode(codes)
 
     The chains are drawn in compiler/decode_chain.py. onnxruntime folds that of a weight once, when it loads the file, so
@@ -73,7 +73,8 @@ def _pack(model: ir.Model, value: ir.Value, origin: Origin, common: dict[str, ir
     gathers = [node for node in graph.consumers(value) if node.op_type == "Gather" and node.inputs[0] is value]
     for gather in gathers:
         ids = gather.inputs[1]
-        chain = DecodeChain(model, origin.coded, name, constants, common, ids=ids, rank=graph.rank(ids) or 0)
+        rank = graph.rank(ids) or 0
+        chain = DecodeChain(model, origin.coded, name, constants, common, by_rows=True, ids=ids, rank=rank)
         nodes = chain.nodes()
         graph.like(nodes[-1].outputs[0], gather.outputs[0])
         graph.insert_before(gather, nodes)
@@ -82,11 +83,13 @@ def _pack(model: ir.Model, value: ir.Value, origin: Origin, common: dict[str, ir
     if not value.uses():
         return
     modern = model.graph.opset_imports.get("", 0) >= RAISED_FROM
-    if modern and not gathers and origin.coded.bits == 4:
+    if modern and not gathers and origin.coded.bits > 1:
         graph.require_opset(model, "", FOUR_BIT_OPSET)
         model.ir_version = max(model.ir_version, IR_VERSION)
-    nodes = DecodeChain(model, origin.coded, name, constants, common, four_bit=modern and not gathers).nodes()
-    if not origin.by_rows:
+    by_rows = origin.by_rows or bool(gathers)
+    four_bit = modern and not gathers
+    nodes = DecodeChain(model, origin.coded, name, constants, common, by_rows=by_rows, four_bit=four_bit).nodes()
+    if by_rows and not origin.by_rows:
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, name=f"{name}_columns"))
     decoded = graph.like(nodes[-1].outputs[0], value)
     graph.insert_before(model.graph[0], nodes)

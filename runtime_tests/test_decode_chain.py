@@ -9,6 +9,7 @@ import pytest
 from scalefold.compiler import graph
 from scalefold.compiler.decode_chain import (
     FIELDS,
+    PAIRED_BITS,
     DecodeChain,
     evaluate,
     is_constant,
@@ -19,7 +20,7 @@ from scalefold.compiler.decode_chain import (
     stored_codes,
 )
 from scalefold.compiler.runtime import Session
-from scalefold.compiler.weight_formats import BinaryCoding, Codebook, CodedWeight, Decoder, Grid
+from scalefold.compiler.weight_formats import BinaryCoding, Codebook, CodedWeight, Decoder, Grid, Int8
 
 K, N = 24, 5
 NARROW = range(1, 8)
@@ -56,10 +57,11 @@ def empty(opset: int = 20) -> ir.Model:
 
 
 def add_chain(
-    model: ir.Model, weight: CodedWeight, name: str, *, four_bit: bool, ids: ir.Value | None = None
+    model: ir.Model, weight: CodedWeight, name: str, *, by_rows: bool, four_bit: bool, ids: ir.Value | None = None
 ) -> ir.Value:
+    rank = 2 if ids is not None else 1
     nodes = DecodeChain(
-        model, weight, f"{name}_weight", {}, {}, ids=ids, rank=2 if ids is not None else 1, four_bit=four_bit
+        model, weight, f"{name}_weight", {}, {}, by_rows=by_rows, ids=ids, rank=rank, four_bit=four_bit
     ).nodes()
     model.graph.extend(nodes)
     out = nodes[-1].outputs[0]
@@ -68,19 +70,29 @@ def add_chain(
     return out
 
 
+def laid_out(weight: CodedWeight, by_rows: bool) -> Int8:
+    return weight.integers().T if by_rows else weight.integers()
+
+
+BOTH_WAYS = pytest.mark.parametrize("by_rows", [False, True], ids=["columns", "rows"])
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("bits", NARROW)
 @pytest.mark.parametrize("four_bit", [False, True], ids=["packed", "4-bit types"])
-def test_a_chain_gives_the_solvers_integers_with_and_without_a_runtime(bits: int, four_bit: bool) -> None:
+def test_a_chain_gives_the_solvers_integers_with_and_without_a_runtime(
+    bits: int, four_bit: bool, by_rows: bool
+) -> None:
     model, weights = empty(21 if four_bit else 17), coded(bits)
     for name, weight in weights.items():
-        out = add_chain(model, weight, name, four_bit=four_bit)
+        out = add_chain(model, weight, name, by_rows=by_rows, four_bit=four_bit)
         decoded = evaluate(out)
         assert is_constant(out)
         assert decoded is not None and decoded.dtype == np.int8
-        np.testing.assert_array_equal(decoded, weight.integers().T, err_msg=name)
+        np.testing.assert_array_equal(decoded, laid_out(weight, by_rows), err_msg=name)
     for optimize in (True, False):
         for name, array in Session(model, optimize=optimize).run({}).items():
-            np.testing.assert_array_equal(array, weights[name].integers().T, err_msg=name)
+            np.testing.assert_array_equal(array, laid_out(weights[name], by_rows), err_msg=name)
 
 
 @pytest.mark.parametrize("bits", NARROW)
@@ -89,32 +101,29 @@ def test_rows_that_are_looked_up_are_the_rows_of_the_whole(bits: int) -> None:
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", "s"]))
     model.graph.inputs.append(ids)
     for name, weight in weights.items():
-        add_chain(model, weight, name, four_bit=False, ids=ids)
+        add_chain(model, weight, name, by_rows=True, four_bit=False, ids=ids)
     chosen = np.array([[4, 0, 2], [1, 1, -1]])
     for name, array in Session(model).run({"ids": chosen}).items():
         np.testing.assert_array_equal(array, weights[name].integers().T[chosen], err_msg=name)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("bits", NARROW)
-def test_rows_that_do_not_fill_their_last_byte_are_cut_to_size(bits: int) -> None:
-    model = empty()
-    weight = CodedWeight(
-        np.random.default_rng(bits).integers(0, 1 << bits, (21, N)).astype(np.uint8),
-        bits,
-        Codebook(np.arange(1 << bits, dtype=np.int8)[:, None]),
-        np.ones(N, dtype=np.float32),
-    )
-    decoded = evaluate(add_chain(model, weight, "odd", four_bit=False))
-    np.testing.assert_array_equal(decoded, weight.integers().T)
-    np.testing.assert_array_equal(Session(model).run({})["odd"], weight.integers().T)
+def test_rows_that_do_not_fill_their_last_byte_are_cut_to_size(bits: int, by_rows: bool) -> None:
+    for name, weight in coded(bits, rows=21).items():
+        model = empty()
+        out = add_chain(model, weight, "odd", by_rows=by_rows, four_bit=False)
+        np.testing.assert_array_equal(evaluate(out), laid_out(weight, by_rows), err_msg=name)
+        np.testing.assert_array_equal(Session(model).run({})["odd"], laid_out(weight, by_rows), err_msg=name)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("bits", NARROW)
-def test_codes_take_their_bits_on_disk_and_no_more(bits: int, four_bit: bool) -> None:
+def test_codes_take_their_bits_on_disk_and_no_more(bits: int, four_bit: bool, by_rows: bool) -> None:
     for name, weight in coded(bits).items():
         model = empty(21)
-        out = add_chain(model, weight, name, four_bit=four_bit)
+        out = add_chain(model, weight, name, by_rows=by_rows, four_bit=four_bit)
         stored = {value.name: value.const_value.nbytes for value in stored_codes(out) if value.const_value}
         assert sum(stored.values()) == K * N * bits / 8, name
         assert set(stored) < {value.name for value in leaves(out)} or len(leaves(out)) == 1
@@ -124,11 +133,24 @@ def test_codes_take_their_bits_on_disk_and_no_more(bits: int, four_bit: bool) ->
 def test_packed_fields_follow_each_other_a_row_at_a_time(width: int) -> None:
     each = 8 // width
     codes = (np.arange(2 * 3 * each).reshape(2, -1) % (1 << width)).astype(np.uint8)
-    packed = pack(codes, width)
+    packed = pack(codes, width, axis=1)
     assert packed.shape == (2, 1, 3)
+    np.testing.assert_array_equal(pack(codes.T, width, axis=0), packed.transpose(1, 2, 0))
     for place in range(each):
         field = packed[:, 0] >> np.uint8(width * place) & np.uint8((1 << width) - 1)
         np.testing.assert_array_equal(field, codes[:, 3 * place : 3 * place + 3])
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_two_codes_of_few_bits_are_looked_up_at_once(bits: int) -> None:
+    for name, weight in coded(bits).items():
+        model = empty(21)
+        add_chain(model, weight, name, by_rows=False, four_bit=True)
+        indices = [
+            node.outputs[0] for node in graph.nodes(model, "Cast") if node.attributes["to"].value == ir.DataType.INT32
+        ]
+        sizes = [array.size for index in indices if (array := evaluate(index)) is not None]
+        assert sizes == ([] if isinstance(weight.decoder, Grid) else [K * N // (2 if bits <= PAIRED_BITS else 1)]), name
 
 
 def test_the_fields_of_every_width_add_up_to_it() -> None:

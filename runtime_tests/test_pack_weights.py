@@ -13,6 +13,7 @@ from scalefold.compiler.protocol import Context
 from scalefold.compiler.recipe import WeightFormat
 from scalefold.compiler.runtime import Feed, Session, optimized_graph
 from scalefold.compiler.testing import check_pass, parse
+from scalefold.compiler.verify import layer_kernels
 from scalefold.compiler.weight_formats import CodedWeight
 from scalefold.passes.pack_weights import PackWeights
 from scalefold.passes.quantize_weights import quantized
@@ -119,6 +120,17 @@ def test_onnxruntime_folds_the_chain_and_packs_int8_for_its_kernel(
     weight = optimized.graph[0].inputs[1]
     assert weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.INT8
     assert graph.whole_shape(weight) == coded.codes.shape
+
+
+@pytest.mark.parametrize("target", BODIES)
+def test_the_sums_of_a_binary_coded_weight_are_no_layer_of_their_own(target: str, tmp_path: Path) -> None:
+    model, _ = layer(target, WeightFormat(format="bcq", bits=4))
+    PackWeights().run(model, Context())
+    artifact.save_model(model, tmp_path)
+    assert graph.nodes(model, "MatMulInteger")
+    assert [(kernel.name, kernel.kernel) for kernel in layer_kernels(tmp_path / artifact.MODEL)] == [
+        ("fc", "MatMulIntegerToFloat")
+    ]
 
 
 @pytest.mark.parametrize("opset", [17, 20])

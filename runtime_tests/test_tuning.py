@@ -214,7 +214,7 @@ def test_untrained_alphas_give_the_same_integers_and_nothing_to_ship(compiled_to
 def test_rounded_entries_are_close_and_cannot_saturate() -> None:
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 8, (64, 16)).astype(np.uint8)
-    coding = Coding(codes, "alphas", (16, 1, 3), np.full((3, 1, 16), 20, dtype=np.int8), binary=True)
+    coding = Coding(codes, "alphas", (3, 16), np.full((3, 1, 16), 20, dtype=np.int8), binary=True)
     entries = (generator.uniform(5, 90, (3, 1, 16))).astype(np.float32)
     rounded, steps = round_entries(entries, coding, 8)
     assert not saturation.saturating(coding.integers(rounded), 8).any()
