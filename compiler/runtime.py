@@ -149,9 +149,9 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
     """
     if outputs is not None:
         work = ir.convenience.extract(model.graph, list(model.graph.inputs), list(outputs))
-        keep = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
-        return serialize(keep)
-    copy = model.clone()
+        copy = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
+    else:
+        copy = model.clone()
     NameFixPass()(copy)
     arrays: dict[str, Array] = {}
     folder: Path | None = None
