@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib
 import json
 import resource
@@ -55,7 +53,7 @@ from scalefold.compiler.protocol import (
     silent,
 )
 from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe, recipe_text
-from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
+from scalefold.compiler.runtime import Array, Feed, Session, give_back_memory, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
 from scalefold.compiler.user_pass import UserPass
 
@@ -720,16 +718,12 @@ def _results(model: ir.Model) -> list[str]:
 def _release_memory(*models: ir.Model) -> None:
     """Give back what a pass has read or replaced.
 
-    Graphs are full of cycles, weights that have been read stay mapped, and glibc keeps freed memory to itself.
+    Weights that have been read stay mapped.
     """
-    gc.collect()
     for model in models:
         for value in model.graph.initializers.values():
             graph.unmap(value)
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    give_back_memory()
 
 
 def _record(entry: Pass, result: PassResult) -> PassRecord:
