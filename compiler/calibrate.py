@@ -438,7 +438,8 @@ def rows_of(activation: Array, mask: Array | None) -> Float:
     Returns:
         float32 [tokens, channels].
     """
-    if mask is not None and activation.ndim == mask.ndim + 1 and activation.shape[:-1] == mask.shape:
+    padded = mask is not None and activation.ndim == mask.ndim + 1 and activation.shape[:-1] == mask.shape
+    if mask is not None and padded and not mask.all():  # without padding nothing is copied
         return np.asarray(activation[mask != 0], dtype=np.float32)
     activation = np.atleast_1d(activation)
     return np.asarray(activation.reshape(-1, activation.shape[-1]), dtype=np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib
 import json
 import resource
@@ -43,6 +41,7 @@ from scalefold.compiler.mixed_precision import Goal, Search, judged, search
 from scalefold.compiler.protocol import (
     Context,
     Contract,
+    Fused,
     Pass,
     PassResult,
     Pipeline,
@@ -54,7 +53,7 @@ from scalefold.compiler.protocol import (
     silent,
 )
 from scalefold.compiler.recipe import Profile, Recipe, Target, changed, load_recipe, recipe_text
-from scalefold.compiler.runtime import Array, Feed, Session, inputs_of, unsupported_ops
+from scalefold.compiler.runtime import Array, Feed, Session, give_back_memory, inputs_of, unsupported_ops
 from scalefold.compiler.stats import Statistic
 from scalefold.compiler.user_pass import UserPass
 
@@ -250,7 +249,7 @@ def compile_model(
     with _scratch(place) as scratch:
         clock = _Clock()
         opened = _open(source, scratch / "float", task, clock, progress)
-        run = _Run(plan, opened, progress, clock)
+        run = _Run(plan, opened, progress, clock, pipeline.fused)
         run.apply(pipeline.normalize)
         planned = _planned(opened, plan, allow_float)
         if dry_run:
@@ -283,14 +282,15 @@ class _Clock:
 class _Run:
     """One compilation, from the opened source to the written folder."""
 
-    def __init__(self, recipe: Recipe, source: _Source, progress: Progress, clock: _Clock) -> None:
+    def __init__(self, recipe: Recipe, source: _Source, progress: Progress, clock: _Clock, fused: Fused) -> None:
         self.recipe = recipe
         self.source = source
         self.original = source.model.clone()
         self.tamed = self.original
         self.progress = progress
         self.clock = clock
-        self.context = Context(progress=progress)
+        self.fused = fused
+        self.context = Context(progress=progress, fused=fused)
         self.records: list[PassRecord] = []
         self.calibration: dict[str, Any] = {}
         self.held_out: list[Feed] = []
@@ -332,7 +332,7 @@ class _Run:
         if isinstance(entry, UserPass) and entry.contract is Contract.LOSSY:
             self.original = self.tamed
         if entry.contract is Contract.LOSSY:
-            self.context = replace(self.context, reference=_reference(self.tamed, self.context.search))
+            self.context = replace(self.context, reference=_reference(self.tamed, self.context.search, self.fused))
 
     def calibrate(self, given: object) -> None:
         """Open the calibration data, and set some of it apart for the comparison with float."""
@@ -354,7 +354,7 @@ class _Run:
         self.held_origin += ", held out" if held is not whole else ", which were calibrated on: too few to hold any out"
         self.calibration = {"origin": used.origin, "samples": used.count, "digest": used.digest()}
         search_samples = -(-options.search_samples // fewer)
-        self.context = _context(used, search_samples, self.tamed, self.progress)
+        self.context = _context(used, search_samples, self.tamed, self.progress, self.fused)
         self._measure_ranges()
 
     def spill(self, folder: Path) -> None:
@@ -394,14 +394,14 @@ class _Run:
         names = {layer.name for layer in graph.linear_layers(self.tamed)}
         feeds = [first_tokens(feed, COMPARED, self.tamed) for feed in self.held_out]
         with self._stage("channel ranges"):
-            self.ranges.append(channel_ranges.measure(self.tamed, names, feeds))
+            self.ranges.append(channel_ranges.measure(self.fused(self.tamed), names, feeds))
 
     def compare_layers(self, folder: Path) -> None:
         """Measure each layer's output against float, while values still have the float graph's names."""
         self._measure_ranges()
         with self._stage("compare layers"), self.progress("comparing layers", 1) as advance:
             feeds = [first_tokens(feed, COMPARED, self.tamed) for feed in self.held_out]
-            self.layer_sqnr = verify.layer_sqnr(self.tamed, self.source.model, feeds, folder)
+            self.layer_sqnr = verify.layer_sqnr(self.fused(self.tamed), self.fused(self.source.model), feeds, folder)
             advance()
 
     def write(self, stage: Path, place: Path | None, allow_float: Sequence[str]) -> CompileReport:
@@ -417,7 +417,8 @@ class _Run:
             kernels = verify.layer_kernels(stage / artifact.MODEL, weight_only=self.recipe.activations is None)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
-            expected = verify.kept_outputs(self.original, _results(self.original), self.held_out, stage.parent)
+            results = _results(self.original)
+            expected = verify.kept_outputs(self.fused(self.original), results, self.held_out, stage.parent)
             session = Session(stage / artifact.MODEL)
             outputs = verify.fidelity(expected, session, self.held_out)
             rows = verify.rounds_rows(kernels)
@@ -646,7 +647,7 @@ def open_with_samples(
     pipeline, clock = _pipeline(plan), _Clock()
     with _scratch(None) as scratch:
         opened = _open(source, scratch / "float", None, clock, progress)
-        run = _Run(plan, opened, progress, clock)
+        run = _Run(plan, opened, progress, clock, pipeline.fused)
         run.apply(pipeline.normalize)
         run.calibrate(_own_samples(source) if calibration is None else calibration)
         if recipe is not None:
@@ -679,28 +680,29 @@ def _planned(source: _Source, recipe: Recipe, allow_float: Sequence[str]) -> lis
     return chosen
 
 
-def _context(used: Calibration, search_samples: int, original: ir.Model, progress: Progress) -> Context:
+def _context(used: Calibration, search_samples: int, original: ir.Model, progress: Progress, fused: Fused) -> Context:
     search = used.head(search_samples)
 
     def measure(model: ir.Model, requests: Requests) -> dict[str, Statistic]:
         with progress("calibrating", used.count) as advance:
-            return calibrate.collect(model, requests, used.feeds(), advance)
+            return calibrate.collect(fused(model), requests, used.feeds(), advance)
 
     return Context(
         measure=measure,
         search=search,
-        reference=_reference(original, search),
+        reference=_reference(original, search, fused),
         float_model=original,
         progress=progress,
+        fused=fused,
     )
 
 
-def _reference(model: ir.Model, feeds: Sequence[Feed]) -> Callable[[], list[dict[str, Array]]]:
+def _reference(model: ir.Model, feeds: Sequence[Feed], fused: Fused) -> Callable[[], list[dict[str, Array]]]:
     """The results of a float model for some feeds, computed on first use."""
 
     @cache
     def results() -> list[dict[str, Array]]:
-        session = Session(model, outputs=_results(model))
+        session = Session(fused(model), outputs=_results(model))
         return [session.run(feed) for feed in feeds]
 
     return results
@@ -716,16 +718,12 @@ def _results(model: ir.Model) -> list[str]:
 def _release_memory(*models: ir.Model) -> None:
     """Give back what a pass has read or replaced.
 
-    Graphs are full of cycles, weights that have been read stay mapped, and glibc keeps freed memory to itself.
+    Weights that have been read stay mapped.
     """
-    gc.collect()
     for model in models:
         for value in model.graph.initializers.values():
             graph.unmap(value)
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    give_back_memory()
 
 
 def _record(entry: Pass, result: PassResult) -> PassRecord:

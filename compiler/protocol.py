@@ -23,6 +23,9 @@ Requests = Mapping[str, Callable[[], Statistic]]
 Measure = Callable[[ir.Model, Requests], dict[str, Statistic]]
 """Streams the calibration samples through a graph once and returns the statistics by value name."""
 
+Fused = Callable[[ir.Model], ir.Model]
+"""Gives a graph of the same function in fewer operators; the graph that it is given is left as it was."""
+
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Opens a progress bar of so many steps under a title; what it yields is called once a step."""
 
@@ -83,6 +86,7 @@ class Context:
         reference: the outputs of the float model for each of the search feeds, computed on first use.
         float_model: the float graph that the result is to reproduce; None where there is none to compare with.
         progress: opens a progress bar.
+        fused: a graph as it is run while it is measured; see `Pipeline.fused`.
     """
 
     measure: Measure = field(default=lambda model, requests: _no_calibration())
@@ -90,6 +94,7 @@ class Context:
     reference: Callable[[], list[dict[str, Array]]] = field(default=lambda: _no_reference())
     float_model: ir.Model | None = None
     progress: Progress = silent
+    fused: Fused = field(default=lambda model: model)
 
 
 class Pass(Protocol):
@@ -113,12 +118,22 @@ class Pipeline:
         transform: tame activations; the function stays.
         quantize: round weights and activations, in QDQ form.
         lower: write what the target runs; the function stays.
+        fuse: write what this machine runs fastest, of copies that are run to measure something; the function stays, and
+            so do the names of the values between layers.
     """
 
     normalize: tuple[Pass, ...]
     transform: tuple[Pass, ...]
     quantize: tuple[Pass, ...]
     lower: tuple[Pass, ...]
+    fuse: tuple[Pass, ...] = ()
+
+    def fused(self, model: ir.Model) -> ir.Model:
+        """A copy of a graph, fused: a measurement runs it as it is no part of the result."""
+        copy = model.clone()
+        for entry in self.fuse:
+            entry.run(copy, Context())
+        return copy
 
 
 def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> frozenset[str]:

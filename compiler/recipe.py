@@ -224,7 +224,7 @@ class Migration(_Section):
     shift: bool = Field(True, description="centre each channel")
     scale: bool = Field(True, description="search one threshold and scale down the channels above it")
     grid: int = Field(100, ge=2, description="fewest thresholds on the search grid")
-    stride: int = Field(8, ge=1, description="first try every n-th threshold, then all around the best; 1 tries all")
+    stride: int = Field(8, ge=1, description="first try every n-th threshold, then close in on the best; 1 tries all")
     norm: bool = Field(
         True, description="migrate behind LayerNormalization (shift, scale) and RMSNormalization (scale)"
     )

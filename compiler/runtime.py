@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -159,9 +162,9 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
     """
     if outputs is not None:
         work = ir.convenience.extract(model.graph, list(model.graph.inputs), list(outputs))
-        keep = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
-        return serialize(keep)
-    copy = model.clone()
+        copy = ir.Model(work, ir_version=model.ir_version, functions=list(model.functions.values()))
+    else:
+        copy = model.clone()
     NameFixPass()(copy)
     arrays: dict[str, Array] = {}
     folder: Path | None = None
@@ -210,6 +213,15 @@ def optimized_graph(path: Path) -> ir.Model:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         # Weights are not read: only the structure matters here, and the folder goes away.
         return ir.from_proto(onnx.load(str(target), load_external_data=False))
+
+
+def give_back_memory() -> None:
+    """Give back memory that nothing holds: graphs are full of cycles, and glibc keeps what is freed to itself."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def inputs_of(model: ir.Model) -> dict[str, ir.Value]:

@@ -22,9 +22,11 @@ def largest_pair(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """Per column of [K, N], the largest |a| + |b| over neighbouring rows of one sign: [N]."""
     even, odd = (np.asarray(weight[start::2], dtype=np.float32) for start in (0, 1))
     even = even[: odd.shape[0]]
-    positive = (np.maximum(even, 0) + np.maximum(odd, 0)).max(axis=0, initial=0)
-    negative = (np.minimum(even, 0) + np.minimum(odd, 0)).min(axis=0, initial=0)
-    return np.asarray(np.maximum(positive, -negative), dtype=np.float32)
+    # of two of one sign the sum is the largest in magnitude, of others one of the two
+    candidates = (even, odd, even + odd)
+    highest = [rows.max(axis=0, initial=0) for rows in candidates]
+    lowest = [rows.min(axis=0, initial=0) for rows in candidates]
+    return np.asarray(np.maximum(np.maximum.reduce(highest), -np.minimum.reduce(lowest)), dtype=np.float32)
 
 
 def saturating(integers: npt.NDArray[np.generic], activation_bits: int | None) -> npt.NDArray[np.bool_]:

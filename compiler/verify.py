@@ -29,7 +29,7 @@ from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.kernel_library import DOMAIN, PRODUCTS
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
-from scalefold.compiler.runtime import Array, Feed, Session, optimized_graph
+from scalefold.compiler.runtime import Array, Feed, Session, give_back_memory, optimized_graph
 
 INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
@@ -337,6 +337,8 @@ def kept_outputs(
         paths.append(folder / f"outputs{index}.npz")
         # by number: numpy makes file names of keys, and values may have slashes in theirs
         np.savez(paths[-1], *session.run(feed).values())
+    del session
+    give_back_memory()
     return _given(paths, names)
 
 

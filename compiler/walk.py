@@ -7,7 +7,7 @@ still to come will read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -28,7 +28,7 @@ class Walk:
 
     def __init__(self, model: ir.Model, feeds: Sequence[Feed]) -> None:
         self._model = model
-        self._count = len(feeds)
+        self._feeds = feeds
         self._done: set[ir.Node] = set()
         self._live: dict[ir.Value, list[Array]] = {
             value: [feed[value.name or ""] for feed in feeds]
@@ -60,7 +60,12 @@ class Walk:
         self._weights[initializer] = array
 
     def piece(
-        self, selected: Sequence[ir.Node], free: Sequence[ir.Value], end: ir.Value
+        self,
+        selected: Sequence[ir.Node],
+        free: Sequence[ir.Value],
+        end: ir.Value,
+        *,
+        fused: Callable[[ir.Model], ir.Model] | None = None,
     ) -> tuple[Session, list[dict[str, Array]]]:
         """A session of some nodes, to be run again and again with other arrays for its free values.
 
@@ -68,20 +73,43 @@ class Walk:
             selected: the nodes, in graph order.
             free: activations that the caller feeds, under their own names; float32 where the graph does not say.
             end: the output.
+            fused: writes the nodes in another form, their inputs and output kept. It is shown what masks and tables of
+                positions are made of, too, which are computed once all the same.
 
         Returns:
             the session, and for each feed the arrays of its other inputs.
         """
-        inside = {out for node in selected for out in node.outputs}
-        outer = {
-            entry
-            for node in selected
-            for entry in node.inputs
-            if entry is not None and entry not in inside and entry not in free and not entry.is_initializer()
-        }
-        given = {entry.name or "": self.value(entry) for entry in outer}
+        if fused is not None:
+            model, feeds = self._cut(selected, free, end)
+            model = fused(model)
+            names = {value.name for value in free}
+            free, end = [value for value in model.graph.inputs if value.name in names], model.graph.outputs[0]
+            behind = {node for value in free for node in graph.descendants(value)}
+            return Walk(model, feeds).piece([node for node in model.graph if node in behind], free, end)
+        given = {entry.name or "": self.value(entry) for entry in _outer(selected, free)}
         piece, _ = self._extract(selected, set(free), [end], redirect=False)
-        return Session(piece), [{name: arrays[index] for name, arrays in given.items()} for index in range(self._count)]
+        return Session(piece), [
+            {name: arrays[index] for name, arrays in given.items()} for index in range(len(self._feeds))
+        ]
+
+    def _cut(self, selected: Sequence[ir.Node], free: Sequence[ir.Value], end: ir.Value) -> tuple[ir.Model, list[Feed]]:
+        """Some nodes, with those of their other inputs that no layer is behind, and what feeds the rest of these."""
+        chosen = set(selected)
+        given: dict[ir.Value, list[Array]] = {}
+        for entry in _outer(selected, free):
+            behind = graph.ancestors(entry, lambda _: False)
+            if any(graph.linear_at(node) is not None for node in behind):
+                given[entry] = self.value(entry)
+            else:
+                chosen |= behind
+        model, inputs = self._extract(
+            [node for node in self._model.graph if node in chosen], {*free, *given}, [end], redirect=False
+        )
+        others = {name: value for name, value in inputs.items() if value not in free}
+        return model, [
+            {name: given[value][index] if value in given else feed[name] for name, value in others.items()}
+            for index, feed in enumerate(self._feeds)
+        ]
 
     def _run(self, pending: list[ir.Node]) -> None:
         if not pending:
@@ -98,7 +126,7 @@ class Walk:
         session = Session(piece)
         results = [
             session.run({name: self._live[value][index] for name, value in inputs.items()})
-            for index in range(self._count)
+            for index in range(len(self._feeds))
         ]
         for value in wanted:
             self._live[value] = [result[value.name or ""] for result in results]
@@ -138,11 +166,10 @@ class Walk:
                 return None
             source = self._seen_by.get((value, node), value) if redirect else value
             if source not in copies:
-                copies[source] = copied = ir.Value(name=source.name, type=self._type_of(source))
+                copies[source] = copied = ir.Value(name=source.name, type=self._type_of(source), shape=source.shape)
                 if source.is_initializer() and source not in free:
                     array = self._weights.get(source)
                     copied.const_value = source.const_value if array is None else ir.tensor(array, name=source.name)
-                    copied.shape = source.shape
                     constants.append(copied)
                 else:
                     inputs[source.name or ""] = source
@@ -157,7 +184,7 @@ class Walk:
                     remedy="let a simplifier decide the condition, or take a recipe without migration such as w8a8-naive",
                 )
             entries = [copy_of(entry, node) for entry in node.inputs]
-            outs = [ir.Value(name=out.name, type=out.type) for out in node.outputs]
+            outs = [ir.Value(name=out.name, type=out.type, shape=out.shape) for out in node.outputs]
             copies.update(zip(node.outputs, outs, strict=True))
             nodes.append(
                 ir.Node(
@@ -174,3 +201,10 @@ class Walk:
         )
         model = ir.Model(piece, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         return model, inputs
+
+
+def _outer(selected: Sequence[ir.Node], free: Sequence[ir.Value]) -> set[ir.Value]:
+    """What some nodes read besides constants, values of their own and free ones."""
+    known = {out for node in selected for out in node.outputs} | set(free)
+    entries = {entry for node in selected for entry in node.inputs if entry is not None}
+    return {entry for entry in entries - known if not entry.is_initializer()}

@@ -51,11 +51,12 @@ NORMALIZE: tuple[Pass, ...] = (
 SEARCHED_BITS = 6
 """Fewest weight bits that migration searches with: it rounds to the nearest, and solvers for fewer bits do better."""
 
+FUSE: tuple[Pass, ...] = (RecoverRotary(), UnmergeHeads(), FuseAttention())
+"""How attention is written for onnxruntime, whether it is to be run from then on or only to be measured."""
+
 LOWER: dict[Target, tuple[Pass, ...]] = {
     "onnxruntime-cpu": (
-        RecoverRotary(),
-        UnmergeHeads(),
-        FuseAttention(),
+        *FUSE,
         MergeExpands(),
         FoldShift(),
         LowerIntegerMatmul(),
@@ -70,7 +71,7 @@ FUSE: tuple[Pass, ...] = (FuseDecoder(), FuseKernels(), FuseNorms())
 
 def pipeline(recipe: Recipe) -> Pipeline:
     """The passes of a recipe, in order."""
-    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), _lower(recipe))
+    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), _lower(recipe), FUSE)
 
 
 def _transform(recipe: Recipe) -> tuple[Pass, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -51,8 +54,8 @@ class BakePrefix:
     that of CushionCache, Son et al. 2024, arXiv 2406.12016, and PrefixQuant, Chen et al. 2024, arXiv 2410.05265.)
 
     Candidates are the tokens that are most frequent in the search samples. Taken is, of those that bring the largest
-    input of any linear layer down enough, the one whose logits diverge least from those without a prefix; after a
-    quarter of the samples, and after half, the worse half of the candidates is left out. The function changes, which is
+    input of any linear layer down enough, the one whose logits diverge least from those without a prefix; after an
+    eighth of the samples, and after a quarter, the worse half of the candidates is left out. The function changes, which is
     why the result is compared with the original model.
 
     Attributes:
@@ -75,26 +78,30 @@ class BakePrefix:
         decoder = decoder_of(model)
         anchor = graph.consumers(_inputs(model)[next(iter(decoder.cache))])[0]
         names = list(dict.fromkeys(layer.x.name or "" for layer in graph.linear_layers(model)))
-        session = Session(model, outputs=[LOGITS, *names], lean=True)
+        session = Session(ctx.fused(model), outputs=[LOGITS, *names])
         prompts = [
             feed["input_ids"][:1, start : start + LOOK]
             for feed in ctx.search
             for start in range(0, max(1, feed["input_ids"].shape[1] - LOOK + 1), APART)
         ]
-        before = max((_look(session, decoder, names, ids, [()])[0][0] for ids in prompts), default=0.0)
-        enough = before / self.reduction
         trials = {token: _Trial() for token in _frequent(prompts, self.candidates)}
-        with ctx.progress("searching a prefix", len(prompts)) as advance:
-            for index, ids in enumerate(prompts):
-                # run a second time: the logits of all prompts together are larger than most models
-                wanted = _look(session, decoder, names, ids, [()])[0][1]
+        with (
+            tempfile.TemporaryDirectory(prefix="scalefold-logits-") as folder,
+            ctx.progress("searching a prefix", len(prompts)) as advance,
+        ):
+            # the logits of all prompts together are larger than most models
+            paths = [Path(folder) / f"{index}.npy" for index in range(len(prompts))]
+            before = max(map(partial(_look_before, session, decoder, names), prompts, paths), default=0.0)
+            enough = before / self.reduction
+            for index, (ids, path) in enumerate(zip(prompts, paths, strict=True)):
+                wanted = np.load(path)
                 trying = [(token,) for token in _holding(trials, enough)]
                 for start in range(0, len(trying), AT_ONCE):
                     some = trying[start : start + AT_ONCE]
                     for (token,), (largest, got) in zip(some, _look(session, decoder, names, ids, some), strict=True):
                         trials[token].largest = max(trials[token].largest, largest)
                         trials[token].divergence += divergence(wanted, got) / len(prompts)
-                if (index + 1) * 4 in (len(prompts), 2 * len(prompts)):
+                if (index + 1) * 8 in (len(prompts), 2 * len(prompts)):
                     trials = _better_half(trials, enough)
                 advance()
         found = _holding(trials, enough)
@@ -222,6 +229,13 @@ def _better_half(trials: Mapping[int, _Trial], enough: float) -> dict[int, _Tria
     holding = _holding(trials, enough)
     kept = sorted(holding, key=lambda token: holding[token].divergence)[: max(LEFT, len(trials) // 2)]
     return {token: trial for token, trial in holding.items() if token in kept}
+
+
+def _look_before(session: Session, decoder: Decoder, names: Sequence[str], ids: Array, path: Path) -> float:
+    """The largest magnitude of the named values on a prompt behind no prefix; its logits are saved."""
+    [(largest, logits)] = _look(session, decoder, names, ids, [()])
+    np.save(path, logits)
+    return largest
 
 
 def _look(

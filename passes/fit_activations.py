@@ -137,7 +137,7 @@ class FitActivations:
     def _judge(self, model: ir.Model, quantizers: Sequence[_Quantizer], ctx: Context) -> None:
         """Fill in each quantizer's candidates and their errors."""
         names = list(dict.fromkeys(entry.x.name or "" for entry in quantizers))
-        session = Session(model, outputs=names, lean=True)
+        session = Session(ctx.fused(model), outputs=names, lean=True)
         ranges = {entry.x.name or "": TokenRange() for entry in quantizers}
         shares = SHARES if self.bits < 8 else ()
         looked_at = ctx.search if shares else ()
@@ -318,11 +318,13 @@ class _Logits:
         assert ctx.float_model is not None
         self._feeds = ctx.search
         # opened for each sample: one session for all took 100 MB more at the peak of a compilation (SmolLM2)
-        self._wanted = [self._of(Session(ctx.float_model, outputs=[LOGITS], lean=True), feed) for feed in ctx.search]
+        wanted = ctx.fused(ctx.float_model)
+        self._wanted = [self._of(Session(wanted, outputs=[LOGITS], lean=True), feed) for feed in ctx.search]
+        self._fused = ctx.fused
 
     def divergence(self, model: ir.Model) -> float:
         """Mean divergence per token, in nats."""
-        session = Session(model, outputs=[LOGITS])
+        session = Session(self._fused(model), outputs=[LOGITS])
         pairs = [(wanted, self._of(session, feed)) for wanted, feed in zip(self._wanted, self._feeds, strict=True)]
         total = sum(divergence(wanted, got) * len(wanted) for wanted, got in pairs)
         return total / max(sum(len(wanted) for wanted in self._wanted), 1)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from scalefold.compiler import graph, schemes
 from scalefold.compiler.calibrate import padding_mask, require_finite, rows_of
 from scalefold.compiler.facts import Fact
-from scalefold.compiler.protocol import Context, Contract, Event, PassResult
+from scalefold.compiler.protocol import Context, Contract, Event, Fused, PassResult
 from scalefold.compiler.runtime import Array, Feed, Session
 from scalefold.compiler.schemes import Float
 from scalefold.compiler.sites import (
@@ -45,6 +45,12 @@ LOWEST_ELSEWHERE = 0.1
 FLOAT = """<ir_version: 10, opset_import: ["" : 20]>
 product (float[] x, float[k, n] weight) => (float[] y) { y = MatMul(x, weight) }"""
 """A product by onnxruntime, several times faster than some builds of numpy's."""
+
+CODES = """<ir_version: 10, opset_import: ["" : 20]>
+codes (float[] x, float[k] z, float[k] s, float x_scale, uint8 zero, uint8 largest) => (uint8[] codes) {
+  shifted = Sub(x, z)  scaled = Div(shifted, s)
+  of_8_bits = QuantizeLinear(scaled, x_scale, zero)  codes = Clip(of_8_bits, , largest) }"""
+"""The codes of an activation behind a migration, in a third of numpy's time."""
 
 INTEGER = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
 product (uint8[] x, int8[k, n] weight, float x_scale, float[n] weight_scales, uint8 zero, float[n] shift) => (float[] y)
@@ -116,7 +122,7 @@ class MigrateOutliers:
         shift: whether to shift.
         scale: whether to search a scale.
         grid: fewest thresholds; the grid has max(grid, max|X - z| / 0.5) of them, as in the authors' code.
-        stride: the search first tries every n-th threshold, then those around the best.
+        stride: the search first tries every n-th threshold, then closes in on the best.
         norm: migrate behind normalizations.
         linear: migrate between two linear layers with nothing between.
         value: migrate from the values of attention to its output projection.
@@ -152,7 +158,7 @@ class MigrateOutliers:
             for site in sites:
                 if groups[site][0] is site:
                     alone = len(groups[site]) == 1
-                    uses = self._uses(walk if alone else Walk(model, ctx.search), groups[site], masks)
+                    uses = self._uses(walk if alone else Walk(model, ctx.search), groups[site], masks, ctx.fused)
                     if isinstance(uses, Event):
                         declined.append(uses)
                     elif uses and (event := self._migrate(model, walk, uses, masks)) is not None:
@@ -174,7 +180,9 @@ class MigrateOutliers:
         }
         return frozenset(kind for kind, wanted in chosen.items() if wanted)
 
-    def _uses(self, walk: Walk, group: Sequence[Site], masks: Sequence[Array | None]) -> list[Use] | Event:
+    def _uses(
+        self, walk: Walk, group: Sequence[Site], masks: Sequence[Array | None], fused: Fused
+    ) -> list[Use] | Event:
         """A group ready for a search; nothing when it is not one to migrate, or why it cannot be."""
         at = group[0].norm or group[0].readers[0]
         if any(node.meta.get(MIGRATED) for site in group for node in site.readers):
@@ -187,7 +195,7 @@ class MigrateOutliers:
                 found = find_value(walk, site, masks)
             if isinstance(found, Producer):
                 # what lies behind the activation is cut out before the walk goes on and forgets what it needs
-                inspected = _inspected(walk, site, found.kind)
+                inspected = _inspected(walk, site, found.kind, fused)
                 uses.append(Use(site, found, _activation(walk, site, masks), inspected))
             elif found is not None:
                 reasons.append(found)
@@ -288,10 +296,10 @@ def scales_for(threshold: float, low: Float, high: Float) -> Float:
 
 
 def search(loss: Callable[[float, float], float], thresholds: Float, stride: int) -> tuple[int, float]:
-    """The index of the best threshold and its loss: every `stride`-th first, then all around the best of those.
+    """The index of the best threshold and its loss: every `stride`-th first, then on both sides of the best so far.
 
     On a tie the larger threshold wins, as in the authors' code. Values in the thousands make thousands of thresholds: a
-    stride above 1 grows until it leaves at most `COARSEST`, and shrinks back around the best, step by step.
+    stride above 1 grows until it leaves at most `COARSEST`. Around the best it is halved until it is 1.
 
     Args:
         loss: the loss of a threshold, given the least so far: it may be any greater number where it is above that.
@@ -311,9 +319,8 @@ def search(loss: Callable[[float, float], float], thresholds: Float, stride: int
         step *= stride
     centre = best_of(range(0, last, step))
     while step > 1:
-        finer = step // stride if step > stride else 1
-        centre = best_of(range(max(0, centre - step), min(last, centre + step), finer))
-        step = finer
+        step = -(-step // 2)
+        centre = best_of(index for index in (centre - step, centre + step) if 0 <= index < last)
     return centre, losses[centre]
 
 
@@ -324,7 +331,8 @@ def _loss(
     ranges = [channel_range(use.batches, masks) for use in uses]
     weights = {layer.weight: _some_columns(layer.weights(), use) for use in uses for layer in use.site.layers}
     shifts = {value: z @ weight for value, weight in weights.items()}
-    in_float, in_integers = (Session(ir.from_onnx_text(text)) for text in (FLOAT, INTEGER))
+    in_float, in_codes, in_integers = (Session(ir.from_onnx_text(text)) for text in (FLOAT, CODES, INTEGER))
+    largest = np.array((1 << options.activation_bits) - 1, dtype=np.uint8)
 
     def output(use: Use, index: int, product: Callable[[ir.Value], Array]) -> Array:
         products = [product(layer.weight) for layer in use.site.layers]
@@ -336,10 +344,15 @@ def _loss(
     targets = [[output(use, index, wanted(x)) for index, x in enumerate(use.batches)] for use in uses]
     tokens = max(1, sum(len(rows_of(x, mask)) for use in uses for x, mask in zip(use.batches, masks, strict=True)))
 
-    def quantized(x: Array, affine: schemes.Affine, codes: Mapping[ir.Value, Feed]) -> Callable[[ir.Value], Array]:
-        scale, zero = np.array(affine.scale, np.float32), np.array(affine.zero_point, np.uint8)
-        x_codes: dict[str, Array] = {"x": affine.quantize(x), "x_scale": scale, "zero": zero}
-        return lambda value: in_integers.run({**x_codes, **codes[value]})["y"]
+    def quantized(
+        x: Array, s: Float, affine: schemes.Affine, codes: Mapping[ir.Value, Feed]
+    ) -> Callable[[ir.Value], Array]:
+        grid: dict[str, Array] = {
+            "x_scale": np.array(affine.scale, np.float32),
+            "zero": np.array(affine.zero_point, np.uint8),
+        }
+        x_codes = in_codes.run({"x": x, "z": z, "s": s, "largest": largest, **grid})["codes"]
+        return lambda value: in_integers.run({"x": x_codes, **grid, **codes[value]})["y"]
 
     def loss(s: Float, bound: float) -> float:
         codes = {value: _coded(weight * s[:, None], shifts[value], options) for value, weight in weights.items()}
@@ -348,8 +361,8 @@ def _loss(
             bounds = float(((low - z) / s).min()), float(((high - z) / s).max())
             affine = schemes.activation_grid(*bounds, options.activation_bits)
             for index, (x, aim, mask) in enumerate(zip(use.batches, aims, masks, strict=True)):
-                got = output(use, index, quantized(((x - z) / s).astype(np.float32), affine, codes))
-                error = rows_of(got - aim, mask)
+                got = output(use, index, quantized(x, s, affine, codes))
+                error = rows_of(np.subtract(got, aim, out=got), mask)
                 total += float(np.einsum("tc,tc->t", error, error).sum(dtype=np.float64))
                 if total / tokens > bound:  # no better, whatever the samples to come add
                     return math.inf
@@ -373,7 +386,7 @@ def _some_columns(weight: Float, use: Use) -> Float:
     return weight[:, :: -(-weight.shape[1] // MOST_COLUMNS)] if use.inspected is None else weight
 
 
-def _inspected(walk: Walk, site: Site, kind: Kind) -> Callable[[int, list[Array]], Array] | None:
+def _inspected(walk: Walk, site: Site, kind: Kind, fused: Fused) -> Callable[[int, list[Array]], Array] | None:
     """What the error is measured on, from the number of a feed and the readers' products x W; None for these."""
     end = _meeting_point(site) if kind in (Kind.NORM, Kind.LINEAR) else None
     if end is None:
@@ -383,7 +396,7 @@ def _inspected(walk: Walk, site: Site, kind: Kind) -> Callable[[int, list[Array]
     chosen = behind & graph.ancestors(end, lambda value: value in outs)
     graph_ = site.readers[0].graph
     assert graph_ is not None
-    session, others = walk.piece([node for node in graph_ if node in chosen], outs, end)
+    session, others = walk.piece([node for node in graph_ if node in chosen], outs, end, fused=fused)
     names = [out.name or "" for out in outs]
     return lambda index, products: session.run({**dict(zip(names, products, strict=True)), **others[index]})[
         end.name or ""

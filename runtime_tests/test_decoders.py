@@ -9,8 +9,10 @@ import pytest
 from scalefold.compiler import compile_model, graph
 from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of
 from scalefold.compiler.driver import CompileReport
-from scalefold.compiler.recipe import Target
+from scalefold.compiler.protocol import Context
+from scalefold.compiler.recipe import Recipe, Target
 from scalefold.compiler.runtime import Array, Feed, Session
+from scalefold.passes import pipeline
 
 FAMILIES = ("gpt2", "opt", "bloom", "llama")
 TARGETS: tuple[Target, ...] = ("onnxruntime-cpu", "qdq")
@@ -45,6 +47,24 @@ def opened(report: CompileReport) -> tuple[Session, Decoder]:
 
 def logits(session: Session, feed: Feed) -> Array:
     return session.run(feed)[LOGITS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_as_it_is_measured_has_one_operator_for_attention_and_what_layers_read_by_name(
+    decoder_models: dict[str, ir.Model], family: str
+) -> None:
+    model, plan = decoder_models[family].clone(), pipeline(Recipe())
+    for entry in plan.normalize:
+        entry.run(model, Context())
+    before = [node.op_type for node in model.graph]
+    fused = plan.fused(model)
+    assert [node.op_type for node in model.graph] == before
+    assert len(graph.nodes(fused, "Attention")) == 2 and not graph.nodes(fused, "Softmax")
+    names = [*dict.fromkeys(layer.x.name or "" for layer in graph.linear_layers(model)), LOGITS]
+    feed = decoder_of(model).prompt_feed(np.random.default_rng(3).integers(0, 200, (2, 9)))
+    wanted, got = (Session(entry, outputs=names).run(feed) for entry in (model, fused))
+    for name in names:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -113,3 +113,22 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert "needs the package transformers" in what
     assert where == "the Python installation"
     assert "pip install 'scalefold[hf]'" in remedy
+
+
+def test_one_slow_rule_of_the_exporters_optimizer_is_left_out_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rules = tuple(SimpleNamespace(name=name) for name in ("FlattenToReshape", "SlicesSplit", "OneReshape"))
+    known = SimpleNamespace(_DEFAULT_REWRITE_RULES=rules)
+    monkeypatch.setitem(sys.modules, "onnxscript.rewriter", known)
+    export._leave_out("SlicesSplit")
+    assert [rule.name for rule in known._DEFAULT_REWRITE_RULES] == ["FlattenToReshape", "OneReshape"]
+    other = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "onnxscript.rewriter", other)
+    export._leave_out("SlicesSplit")
+    assert vars(other) == {}
+
+
+def test_the_rule_that_is_left_out_is_one_that_the_optimizer_has() -> None:
+    rewriter = pytest.importorskip("onnxscript.rewriter")
+    assert export.SLOW_RULE in {rule.name for rule in rewriter._DEFAULT_REWRITE_RULES}

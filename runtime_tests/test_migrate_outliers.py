@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -8,11 +9,13 @@ import pytest
 
 from scalefold.compiler import verify
 from scalefold.compiler.protocol import Event
+from scalefold.compiler.recipe import Recipe
 from scalefold.compiler.runtime import Array, Feed, Session
-from scalefold.compiler.schemes import Float
+from scalefold.compiler.schemes import Float, activation_grid
 from scalefold.compiler.testing import check_pass, context_on, parse
+from scalefold.passes import pipeline
 from scalefold.passes.insert_qdq import InsertQdq
-from scalefold.passes.migrate_outliers import MigrateOutliers, channel_range, scales_for, search, threshold_grid
+from scalefold.passes.migrate_outliers import CODES, MigrateOutliers, channel_range, scales_for, search, threshold_grid
 from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.quantize_weights import QuantizeWeights
 
@@ -306,6 +309,17 @@ def test_a_coarse_search_finds_the_bottom_of_a_valley_with_fewer_tries(stride: i
     assert stride == 1 or stride >= 100 or len(tried) < 55
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_of_a_migrated_activation_are_those_of_its_grid(bits: int) -> None:
+    x = np.random.default_rng(2).standard_normal((2, 40, 3)).astype(np.float32) * 3
+    z, s, grid = floats([0.5, -1, 0]), floats([1, 2.5, 1]), activation_grid(-2.0, 3.0, bits)
+    numbers: dict[str, Array] = {"x_scale": floats(grid.scale), "zero": np.array(grid.zero_point, np.uint8)}
+    session = Session(ir.from_onnx_text(CODES))
+    got = session.run({"x": x, "z": z, "s": s, "largest": np.array(grid.largest_code, np.uint8), **numbers})["codes"]
+    np.testing.assert_array_equal(got, grid.quantize((x - z) / s))
+    assert {0, grid.largest_code} <= set(np.unique(got).tolist())
+
+
 # ---- whole blocks, width 8, two heads of four
 
 GENERATOR = np.random.default_rng(7)
@@ -458,6 +472,24 @@ def test_queries_keys_and_values_are_searched_by_what_attention_makes_of_them() 
     apart = "n = LayerNormalization(x, ga, ba)  [query] p = MatMul(n, wq)  y = Add(p, bq)"
     (alone,) = migrated(block(apart))[1]
     assert int(alone.figures["channels_scaled"]) >= 1
+
+
+def test_attention_is_searched_in_the_form_that_measurements_run() -> None:
+    model = block(PRE_LN)
+    seen: list[list[str]] = []
+
+    def noted(piece: ir.Model) -> ir.Model:
+        fused = pipeline(Recipe()).fused(piece)
+        seen.append([node.op_type for node in fused.graph])
+        return fused
+
+    for shown in (noted, lambda piece: piece):
+        changed = model.clone()
+        result = MigrateOutliers().run(changed, replace(context_on(model, SAMPLES), fused=shown))
+        assert [event.figures["threshold"] for event in result.rewrites] == [
+            event.figures["threshold"] for event in migrated(model)[1]
+        ]
+    assert any("Attention" in types and "Softmax" not in types for types in seen)
 
 
 def test_one_fused_projection_is_searched_by_what_attention_makes_of_it() -> None:

@@ -213,6 +213,46 @@ def test_a_piece_keeps_the_weights_of_the_graph() -> None:
     np.testing.assert_allclose(session.run({"d": np.eye(2, dtype=np.float32)})["e"], U)
 
 
+def test_a_piece_in_another_form_gives_the_same_and_computes_what_no_layer_is_behind_once() -> None:
+    model = parse(TEXT)
+    walk = Walk(model, FEEDS)
+    walk.value(value(model, "d"))
+    d, a = value(model, "d"), expected("a")
+    seen: list[list[str | None]] = []
+
+    def turned(cut: ir.Model) -> ir.Model:
+        seen.append([entry.name for entry in cut.graph])
+        skip = graph.nodes(cut, "Add")[0]
+        skip.replace_input_with(0, skip.inputs[1])
+        skip.replace_input_with(1, graph.nodes(cut, "MatMul")[0].outputs[0])
+        return cut
+
+    nodes = [node(model, "second"), node(model, "skip")]
+    session, others = walk.piece(nodes, [d], value(model, "f"), fused=turned)
+    assert seen == [["relu", "second", "skip"]]
+    assert [sorted(other) for other in others] == [["a"], ["a"]]
+    for index, other in enumerate(others):
+        free = GENERATOR.standard_normal((len(a[index]), 2)).astype(np.float32)
+        np.testing.assert_allclose(session.run({"d": free, **other})["f"], free @ U + a[index], rtol=1e-5, atol=1e-5)
+
+
+def test_a_piece_in_another_form_reads_what_a_layer_is_behind_as_the_walk_has_it() -> None:
+    model = parse(TEXT)
+    walk = Walk(model, FEEDS)
+    walk.set_value(value(model, "f"), [np.full_like(array, 7) for array in walk.value(value(model, "f"))])
+    seen: list[list[str | None]] = []
+
+    def noted(cut: ir.Model) -> ir.Model:
+        seen.append([entry.name for entry in cut.graph])
+        return cut
+
+    r = model.graph.inputs[1]
+    session, others = walk.piece([node(model, "end")], [r], value(model, "y"), fused=noted)
+    assert seen == [["end"]]
+    for other, feed in zip(others, FEEDS, strict=True):
+        np.testing.assert_allclose(session.run({"r": feed["r"], **other})["y"], feed["r"] + 7)
+
+
 def test_a_walk_without_feeds_gives_no_arrays() -> None:
     model = parse(TEXT)
     assert Walk(model, []).value(value(model, "y")) == []
