@@ -28,7 +28,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SCALEFOLD_PLAIN)
 #include <immintrin.h>
 #define HAS_AVX512 1
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
