@@ -507,7 +507,8 @@ AVX512 inline __m512i rounded512(__m512 x) {
 AVX512 inline __m256i bfloats512(__m512 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded512(x), 16)); }
 
 AVX512 inline __m128i codes512(__m512 x, __m512 inverse, __m512i zero) {
-  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
+  const __m512 scaled = _mm512_min_ps(_mm512_mul_ps(x, inverse), _mm512_set1_ps(512.0f));  // beyond 2^31 there is no integer
+  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero);
   return _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512()));
 }
 

@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import pytest
 from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from scalefold.compiler import CompileReport, compile_model
+from scalefold.compiler import CompileReport, compile_model, kernel_library
 from scalefold.compiler.calibrate import default_texts
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import read_onnx
@@ -137,6 +139,27 @@ def compiled(
         "onnxruntime-cpu": compile_model(float_model, folder / "cpu", calibration=feeds, samples=40),
         "qdq": compile_model(float_model, folder / "qdq", calibration=feeds, samples=40, target="qdq"),
     }
+
+
+def _built(folder: Path, *, plain: bool = False) -> None:
+    """The kernel library in a cache of its own: the machine's compiler has to be there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", shlex.join([*kernel_library._compiler(), *(["-DSCALEFOLD_PLAIN"] if plain else [])]))
+        patch.setenv("SCALEFOLD_CACHE", str(folder))
+        shutil.copyfile(kernel_library.library(), folder / kernel_library.LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel library as this machine builds it."""
+    return made_once(tmp_path_factory, "kernels", _built) / kernel_library.LIBRARY
+
+
+@pytest.fixture(scope="session")
+def plain_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel library without what AVX512-VNNI runs."""
+    make = partial(_built, plain=True)
+    return made_once(tmp_path_factory, "kernels-plain", make) / kernel_library.LIBRARY
 
 
 SERVER = """
