@@ -286,7 +286,8 @@ void normalize_plain(const Norm& f, size_t row, const float* x) {
   }
 }
 
-// Attention of one head for query rows [first, last).
+// Attention of one head for query rows [first, last). A row whose every key is masked by the lowest float or by minus
+// infinity gives zero, as onnxruntime's operator has it.
 struct Head {
   const uint16_t *q, *k, *v;  // bfloat16, rows `stride` apart
   const float* mask;          // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
@@ -307,10 +308,11 @@ void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
     for (size_t j = 0; j < h.keys; ++j) {
       float score = 0;
       for (size_t d = 0; d < h.size; ++d) score += from_bfloat(h.q[i * h.stride + d]) * from_bfloat(h.k[j * h.stride + d]);
-      scores[j] = score * h.scale + (h.mask ? h.mask[i * h.mask_stride + j] : 0.0f);
+      scores[j] = std::max(-FLT_MAX, score * h.scale + (h.mask ? h.mask[i * h.mask_stride + j] : 0.0f));
       largest = std::max(largest, scores[j]);
     }
     std::fill(sums, sums + h.size, 0.0f);
+    if (largest == -FLT_MAX) total = INFINITY;
     for (size_t j = 0; j < h.keys; ++j) {
       const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
       total += share;
@@ -362,10 +364,11 @@ void attend_row_plain(const float* q, const float* k, const float* v, size_t key
   for (size_t j = 0; j < keys; ++j) {
     float score = 0;
     for (size_t d = 0; d < size; ++d) score += q[d] * k[j * size + d];
-    scores[j] = score * scale + mask[j];
+    scores[j] = std::max(-FLT_MAX, score * scale + mask[j]);
     largest = std::max(largest, scores[j]);
   }
   std::fill(out, out + size, 0.0f);
+  if (largest == -FLT_MAX) total = INFINITY;
   for (size_t j = 0; j < keys; ++j) {
     const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
     total += share;
@@ -671,12 +674,13 @@ AVX512 inline void product512(size_t rows, const uint32_t* a, size_t a_stride, c
   }
 }
 
-// Softmax of one row of scores, without its division, as bfloat16; returns the sum of what is written. 2^x by a cubic in
+// Softmax of one row of scores, without its division, as bfloat16; returns the sum of what is written, infinite where every
+// key is masked. 2^x by a cubic in
 // the fraction, whose relative error of 8e-5 is far below that of bfloat16.
 AVX512 inline float shares512(const float* scores, size_t keys, float scale, const float* mask, float* raised,
                               uint16_t* shares) {
   constexpr float kLog2e = 1.44269504f;
-  const __m512 factor = _mm512_set1_ps(scale * kLog2e), least = _mm512_set1_ps(-1e30f);
+  const __m512 factor = _mm512_set1_ps(scale * kLog2e), least = _mm512_set1_ps(-FLT_MAX);
   __m512 largest = least, total = _mm512_setzero_ps();
   for (size_t j = 0; j < keys; j += 16) {
     __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + j), factor);
@@ -686,6 +690,7 @@ AVX512 inline float shares512(const float* scores, size_t keys, float scale, con
     _mm512_storeu_ps(raised + j, score);
   }
   largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  if (_mm512_cvtss_f32(largest) == -FLT_MAX) total = _mm512_set1_ps(INFINITY);
   for (size_t j = 0; j < keys; j += 16) {
     const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(raised + j), largest), n = _mm512_roundscale_ps(x, 8);
     const __m512 r = _mm512_sub_ps(x, n);
