@@ -995,6 +995,9 @@ void multiply(const Run& run, const Product& p) {
 
 float scalar(const Tensor& tensor) { return *tensor.as<float>(); }
 
+// Whether a value is there and has one element.
+bool is_single(const Tensor& tensor) { return tensor && tensor.size() == 1; }
+
 struct Kernel {
   Table api;
   Activation activation = Activation::kNone;
@@ -1008,7 +1011,7 @@ ort::Status* read_product(const Run& run, const Kernel& kernel, Product& p, Tens
   const Tensor weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(6);
   const size_t n = static_cast<size_t>(kernel.n), k = x.last();
   if (k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * k || sums.size() != n || scales.size() != n ||
-      bias.size() != n)
+      bias.size() != n || !is_single(run.input(4)) || !is_single(run.input(5)))
     return run.fault("the weight, scales, sums or bias of a scalefold::Linear do not fit its input and N");
   p.x = x.as<uint8_t>();
   p.weight = weight.as<int8_t>();
@@ -1046,6 +1049,7 @@ ort::Status* linear_uint8(const Kernel& kernel, const Run& run) {
   Product p;
   Tensor x;
   if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (!is_single(run.input(7)) || !is_single(run.input(8))) return run.fault("a scalefold::LinearUint8 has no single step");
   p.finish.inverse = 1.0f / scalar(run.input(7));
   p.finish.zero = *run.input(8).as<uint8_t>();
   p.finish.out_codes = run.output(0, with_last(x.shape, kernel.n)).as<uint8_t>();
@@ -1074,6 +1078,8 @@ void by_rows(const Run& run, size_t rows, const Work& work) {
 // The inputs of a normalization from `first` on: gain, shift, multiply, add, y_scale, y_zero.
 ort::Status* read_norm(const Run& run, const Kernel& kernel, size_t first, const std::vector<int64_t>& shape, Norm& norm) {
   const Tensor gain = run.input(first), shift = run.input(first + 1), multiply = run.input(first + 2), add = run.input(first + 3);
+  if (shape.empty() || !is_single(run.input(first + 4)) || !is_single(run.input(first + 5)))
+    return run.fault("a normalization of domain scalefold has no rows or no single step");
   norm.n = static_cast<size_t>(shape.back());
   for (const Tensor* each : {&gain, &shift, &multiply, &add})
     if (each->size() != norm.n) return run.fault("the constants of a normalization of domain scalefold do not fit its input");
@@ -1152,7 +1158,8 @@ bool mask_strides(const Tensor& mask, size_t batch, size_t heads, size_t tokens,
 ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
   const Tensor x = run.input(0), mask = run.input(3);
   const size_t heads = static_cast<size_t>(kernel.heads), size = x.last() / 3 / heads;
-  if (x.shape.size() != 3 || x.last() != 3 * heads * size || size % 16 || size > 256)
+  if (x.shape.size() != 3 || x.last() != 3 * heads * size || size % 16 || size > 256 || !is_single(run.input(1)) ||
+      !is_single(run.input(2)))
     return run.fault("scalefold::AttentionUint8 takes [batch, tokens, 3 * heads * size], size a multiple of 16 up to 256");
   const size_t batch = static_cast<size_t>(x.shape[0]), tokens = static_cast<size_t>(x.shape[1]);
   size_t strides[3] = {0, 0, 0};  // of the mask, by batch, head and query
@@ -1395,7 +1402,8 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
   const size_t n = static_cast<size_t>(kernel.n), wide = x.last();
   p.m = x.rows();
   p.k = kernel.gated ? wide / 2 : wide;
-  if (p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
+  if (x.shape.empty() || (kernel.gated && wide % 2) || (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) ||
+      p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
       bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
       (residual && residual.size() != p.m * n))
     return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
@@ -1447,8 +1455,11 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
 
 ort::Status* look_up(const Kernel&, const Run& run) {
   const Tensor panels = run.input(0), scales = run.input(1), ids = run.input(2);
-  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
   const int64_t count = static_cast<int64_t>(scales.size());
+  if (panels.shape.size() != 4 || panels.shape[0] * static_cast<int64_t>(kWidth) < count ||
+      panels.shape[2] * panels.shape[3] != static_cast<int64_t>(4 * kWidth))
+    return run.fault("the table of a scalefold::LookUp does not fit its scales");
+  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
   std::vector<int64_t> shape = ids.shape;
   shape.push_back(static_cast<int64_t>(k));
   const size_t rows = ids.size();
