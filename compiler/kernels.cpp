@@ -25,6 +25,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -1570,11 +1571,15 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
       make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),
   };
+  static std::mutex opening;  // sessions may be opened by several threads at once
   static Domain* domain = nullptr;
+  const std::lock_guard<std::mutex> alone(opening);
   if (domain == nullptr) {
-    if (Status* status = call<Status*>(api, 26, "scalefold", &domain)) return status;
+    Domain* made = nullptr;
+    if (Status* status = call<Status*>(api, 26, "scalefold", &made)) return status;
     for (const Operator& each : operators)
-      if (Status* status = call<Status*>(api, 27, domain, &each.table)) return status;
+      if (Status* status = call<Status*>(api, 27, made, &each.table)) return status;
+    domain = made;
   }
   return call<Status*>(api, 28, options, domain);
 }
