@@ -179,5 +179,8 @@ def _silu_input(value: ir.Value | None) -> ir.Value | None:
 
 
 def _halves(split: ir.Node) -> bool:
-    rank = graph.rank(split.inputs[0]) or 0
+    x = split.inputs[0]
+    rank = graph.rank(x) or 0
+    if x is None or x.dtype != ir.DataType.FLOAT:
+        return False
     return len(set(_sizes(split))) == 1 and graph.attribute(split, "axis", 0) in (-1, rank - 1)
