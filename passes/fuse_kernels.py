@@ -362,14 +362,15 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     biases = graph.add_initializer(model, f"{name}.column_bias", bias)
     follower = graph.only_consumer(out)
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
-    if source is not None and not ends_in_codes:
+    to_attention = follower is not None and follower.op_type == "AttentionUint8"
+    if source is not None and not ends_in_codes and not to_attention:
         return _row_linear(product, source, [*packed[weight], scales, biases], attributes, words, out, kept)
     inputs = [product.inputs[0], *packed[weight], scales, product.inputs[2], product.inputs[4], biases]
     operator, residual = "Linear", _residual(out)
     if follower is not None and ends_in_codes:
         operator, out = "LinearUint8", follower.outputs[0]
         inputs += follower.inputs[1:3]
-    elif follower is not None and follower.op_type == "AttentionUint8":
+    elif to_attention:
         operator = "LinearBfloat16"
     elif follower is not None and residual is not None:
         out = follower.outputs[0]
