@@ -155,6 +155,13 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "kernels", _built) / kernel_library.LIBRARY
 
 
+@pytest.fixture
+def kernel_cache(built_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lets what needs the kernel library find it built, in a folder that is the tests' own."""
+    monkeypatch.setenv("SCALEFOLD_CACHE", str(built_kernels.parent))
+    return built_kernels.parent
+
+
 @pytest.fixture(scope="session")
 def plain_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernel library without what AVX512-VNNI runs."""
@@ -175,6 +182,7 @@ for line in sys.stdin:
     code = 1
     try:
         os.chdir(job["folder"])
+        os.environ.update(job["environment"])
         for number, path in ((1, job["stdout"]), (2, job["stderr"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = ["scalefold", *job["arguments"]]
@@ -206,14 +214,15 @@ def server() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def cli(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `scalefold ...` as a process of its own, in `tmp_path` and without a network."""
+    """Run `scalefold ...` as a process of its own, in `tmp_path` and without a network; keywords go to its environment."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
         assert server.stdin is not None and server.stdout is not None
         words = [str(argument) for argument in arguments]
         with tempfile.TemporaryDirectory() as scratch:
             outputs = {name: Path(scratch) / name for name in ("stdout", "stderr")}
             job = {"folder": str(tmp_path), "arguments": words, **{name: str(path) for name, path in outputs.items()}}
+            job["environment"] = {name: str(value) for name, value in environment.items()}
             server.stdin.write(json.dumps(job) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
