@@ -73,6 +73,9 @@ def fuse_folder(
         raise SourceError(f"there is no {artifact.MODEL} in it", where=str(folder), remedy="give a compiled folder")
     if place.resolve() == folder.resolve():
         raise SourceError("it is the folder to be fused", where=str(place), remedy="give another output folder")
+    if folder.resolve() in place.resolve().parents or place.resolve() in folder.resolve().parents:
+        what = "it and the folder to be fused lie one in the other"
+        raise SourceError(what, where=str(place), remedy="give an output folder elsewhere")
     artifact.check_output(place)
     built = library()
     if not is_fast(built) and not any_cpu:

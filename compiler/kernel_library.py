@@ -87,8 +87,19 @@ def library() -> Path:
 
 
 def is_fast(path: Path) -> bool:
-    """Whether this machine's processor has the instructions that a library's fast kernels are made of."""
-    return bool(ctypes.CDLL(str(path)).scalefold_vectorized())
+    """Whether this machine's processor has the instructions that a library's fast kernels are made of.
+
+    Raises:
+        SourceError: it is damaged.
+    """
+    try:
+        return bool(ctypes.CDLL(str(path)).scalefold_vectorized())
+    except (OSError, AttributeError) as error:
+        raise SourceError(
+            f"it is no library of scalefold's kernels ({error})",
+            where=str(path),
+            remedy="delete it, so that it is built again",
+        ) from error
 
 
 def register_beside(options: onnxruntime.SessionOptions, folder: Path) -> None:
@@ -136,8 +147,16 @@ def _compiler() -> tuple[str, ...]:
 
 def _build(source: Path, compiler: tuple[str, ...], place: Path) -> None:
     """Build beside, then rename: processes that build at once leave one whole library."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=place.parent)
+    except OSError as error:
+        raise SourceError(
+            f"the kernel library cannot be kept in it ({error.strerror or error})",
+            where=str(cache_folder()),
+            remedy="free some space, or name a folder to write to in SCALEFOLD_CACHE",
+        ) from error
+    with scratch as folder:
         made = Path(folder) / LIBRARY
         command = [*compiler, *FLAGS, str(source), "-o", str(made)]
         try:

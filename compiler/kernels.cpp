@@ -25,10 +25,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SCALEFOLD_PLAIN)
 #include <immintrin.h>
 #define HAS_AVX512 1
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -286,7 +287,8 @@ void normalize_plain(const Norm& f, size_t row, const float* x) {
   }
 }
 
-// Attention of one head for query rows [first, last).
+// Attention of one head for query rows [first, last). A row whose every key is masked by the lowest float or by minus
+// infinity gives zero, as onnxruntime's operator has it.
 struct Head {
   const uint16_t *q, *k, *v;  // bfloat16, rows `stride` apart
   const float* mask;          // row of the first query, or null; rows `mask_stride` apart (0: the same for all)
@@ -307,10 +309,11 @@ void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
     for (size_t j = 0; j < h.keys; ++j) {
       float score = 0;
       for (size_t d = 0; d < h.size; ++d) score += from_bfloat(h.q[i * h.stride + d]) * from_bfloat(h.k[j * h.stride + d]);
-      scores[j] = score * h.scale + (h.mask ? h.mask[i * h.mask_stride + j] : 0.0f);
+      scores[j] = std::max(-FLT_MAX, score * h.scale + (h.mask ? h.mask[i * h.mask_stride + j] : 0.0f));
       largest = std::max(largest, scores[j]);
     }
     std::fill(sums, sums + h.size, 0.0f);
+    if (largest == -FLT_MAX) total = INFINITY;
     for (size_t j = 0; j < h.keys; ++j) {
       const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
       total += share;
@@ -362,10 +365,11 @@ void attend_row_plain(const float* q, const float* k, const float* v, size_t key
   for (size_t j = 0; j < keys; ++j) {
     float score = 0;
     for (size_t d = 0; d < size; ++d) score += q[d] * k[j * size + d];
-    scores[j] = score * scale + mask[j];
+    scores[j] = std::max(-FLT_MAX, score * scale + mask[j]);
     largest = std::max(largest, scores[j]);
   }
   std::fill(out, out + size, 0.0f);
+  if (largest == -FLT_MAX) total = INFINITY;
   for (size_t j = 0; j < keys; ++j) {
     const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
     total += share;
@@ -507,7 +511,8 @@ AVX512 inline __m512i rounded512(__m512 x) {
 AVX512 inline __m256i bfloats512(__m512 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded512(x), 16)); }
 
 AVX512 inline __m128i codes512(__m512 x, __m512 inverse, __m512i zero) {
-  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
+  const __m512 scaled = _mm512_min_ps(_mm512_mul_ps(x, inverse), _mm512_set1_ps(512.0f));  // beyond 2^31 there is no integer
+  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero);
   return _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512()));
 }
 
@@ -670,12 +675,13 @@ AVX512 inline void product512(size_t rows, const uint32_t* a, size_t a_stride, c
   }
 }
 
-// Softmax of one row of scores, without its division, as bfloat16; returns the sum of what is written. 2^x by a cubic in
+// Softmax of one row of scores, without its division, as bfloat16; returns the sum of what is written, infinite where every
+// key is masked. 2^x by a cubic in
 // the fraction, whose relative error of 8e-5 is far below that of bfloat16.
 AVX512 inline float shares512(const float* scores, size_t keys, float scale, const float* mask, float* raised,
                               uint16_t* shares) {
   constexpr float kLog2e = 1.44269504f;
-  const __m512 factor = _mm512_set1_ps(scale * kLog2e), least = _mm512_set1_ps(-1e30f);
+  const __m512 factor = _mm512_set1_ps(scale * kLog2e), least = _mm512_set1_ps(-FLT_MAX);
   __m512 largest = least, total = _mm512_setzero_ps();
   for (size_t j = 0; j < keys; j += 16) {
     __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + j), factor);
@@ -685,6 +691,7 @@ AVX512 inline float shares512(const float* scores, size_t keys, float scale, con
     _mm512_storeu_ps(raised + j, score);
   }
   largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  if (_mm512_cvtss_f32(largest) == -FLT_MAX) total = _mm512_set1_ps(INFINITY);
   for (size_t j = 0; j < keys; j += 16) {
     const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(raised + j), largest), n = _mm512_roundscale_ps(x, 8);
     const __m512 r = _mm512_sub_ps(x, n);
@@ -989,6 +996,9 @@ void multiply(const Run& run, const Product& p) {
 
 float scalar(const Tensor& tensor) { return *tensor.as<float>(); }
 
+// Whether a value is there and has one element.
+bool is_single(const Tensor& tensor) { return tensor && tensor.size() == 1; }
+
 struct Kernel {
   Table api;
   Activation activation = Activation::kNone;
@@ -1002,7 +1012,7 @@ ort::Status* read_product(const Run& run, const Kernel& kernel, Product& p, Tens
   const Tensor weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(6);
   const size_t n = static_cast<size_t>(kernel.n), k = x.last();
   if (k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * k || sums.size() != n || scales.size() != n ||
-      bias.size() != n)
+      bias.size() != n || !is_single(run.input(4)) || !is_single(run.input(5)))
     return run.fault("the weight, scales, sums or bias of a scalefold::Linear do not fit its input and N");
   p.x = x.as<uint8_t>();
   p.weight = weight.as<int8_t>();
@@ -1040,6 +1050,7 @@ ort::Status* linear_uint8(const Kernel& kernel, const Run& run) {
   Product p;
   Tensor x;
   if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (!is_single(run.input(7)) || !is_single(run.input(8))) return run.fault("a scalefold::LinearUint8 has no single step");
   p.finish.inverse = 1.0f / scalar(run.input(7));
   p.finish.zero = *run.input(8).as<uint8_t>();
   p.finish.out_codes = run.output(0, with_last(x.shape, kernel.n)).as<uint8_t>();
@@ -1068,6 +1079,8 @@ void by_rows(const Run& run, size_t rows, const Work& work) {
 // The inputs of a normalization from `first` on: gain, shift, multiply, add, y_scale, y_zero.
 ort::Status* read_norm(const Run& run, const Kernel& kernel, size_t first, const std::vector<int64_t>& shape, Norm& norm) {
   const Tensor gain = run.input(first), shift = run.input(first + 1), multiply = run.input(first + 2), add = run.input(first + 3);
+  if (shape.empty() || !is_single(run.input(first + 4)) || !is_single(run.input(first + 5)))
+    return run.fault("a normalization of domain scalefold has no rows or no single step");
   norm.n = static_cast<size_t>(shape.back());
   for (const Tensor* each : {&gain, &shift, &multiply, &add})
     if (each->size() != norm.n) return run.fault("the constants of a normalization of domain scalefold do not fit its input");
@@ -1146,7 +1159,8 @@ bool mask_strides(const Tensor& mask, size_t batch, size_t heads, size_t tokens,
 ort::Status* attention_uint8(const Kernel& kernel, const Run& run) {
   const Tensor x = run.input(0), mask = run.input(3);
   const size_t heads = static_cast<size_t>(kernel.heads), size = x.last() / 3 / heads;
-  if (x.shape.size() != 3 || x.last() != 3 * heads * size || size % 16 || size > 256)
+  if (x.shape.size() != 3 || x.last() != 3 * heads * size || size % 16 || size > 256 || !is_single(run.input(1)) ||
+      !is_single(run.input(2)))
     return run.fault("scalefold::AttentionUint8 takes [batch, tokens, 3 * heads * size], size a multiple of 16 up to 256");
   const size_t batch = static_cast<size_t>(x.shape[0]), tokens = static_cast<size_t>(x.shape[1]);
   size_t strides[3] = {0, 0, 0};  // of the mask, by batch, head and query
@@ -1389,7 +1403,8 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
   const size_t n = static_cast<size_t>(kernel.n), wide = x.last();
   p.m = x.rows();
   p.k = kernel.gated ? wide / 2 : wide;
-  if (p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
+  if (x.shape.empty() || (kernel.gated && wide % 2) || (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) ||
+      p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
       bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
       (residual && residual.size() != p.m * n))
     return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
@@ -1441,8 +1456,11 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
 
 ort::Status* look_up(const Kernel&, const Run& run) {
   const Tensor panels = run.input(0), scales = run.input(1), ids = run.input(2);
-  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
   const int64_t count = static_cast<int64_t>(scales.size());
+  if (panels.shape.size() != 4 || panels.shape[0] * static_cast<int64_t>(kWidth) < count ||
+      panels.shape[2] * panels.shape[3] != static_cast<int64_t>(4 * kWidth))
+    return run.fault("the table of a scalefold::LookUp does not fit its scales");
+  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
   std::vector<int64_t> shape = ids.shape;
   shape.push_back(static_cast<int64_t>(k));
   const size_t rows = ids.size();
@@ -1553,11 +1571,15 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
       make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),
   };
+  static std::mutex opening;  // sessions may be opened by several threads at once
   static Domain* domain = nullptr;
+  const std::lock_guard<std::mutex> alone(opening);
   if (domain == nullptr) {
-    if (Status* status = call<Status*>(api, 26, "scalefold", &domain)) return status;
+    Domain* made = nullptr;
+    if (Status* status = call<Status*>(api, 26, "scalefold", &made)) return status;
     for (const Operator& each : operators)
-      if (Status* status = call<Status*>(api, 27, domain, &each.table)) return status;
+      if (Status* status = call<Status*>(api, 27, made, &each.table)) return status;
+    domain = made;
   }
   return call<Status*>(api, 28, options, domain);
 }

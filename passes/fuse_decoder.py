@@ -80,7 +80,7 @@ def _integer(node: ir.Node, name: str) -> int:
 
 def _scale(attention: ir.Node, size: int) -> float:
     """What the products of queries and keys are multiplied by in all."""
-    scale, (_, factor) = graph.attribute(attention, "scale"), _unscaled(attention.inputs[0])
+    scale, (_, factor) = graph.attribute(attention, "scale"), _unscaled(_unrotated(attention.inputs[0]))
     return factor * (scale if isinstance(scale, float) else size**-0.5)
 
 
@@ -88,7 +88,7 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """Queries before they are multiplied by one constant, and that constant; 1 where there is none."""
     product = graph.producer(value, "Mul")
     for x, other in (product.inputs[:2], product.inputs[1::-1]) if product is not None else ():
-        if (factor := graph.scalar(other)) is not None:
+        if (factor := graph.scalar(other)) is not None and factor > 0:
             return x, factor
     return value, 1.0
 
@@ -179,5 +179,8 @@ def _silu_input(value: ir.Value | None) -> ir.Value | None:
 
 
 def _halves(split: ir.Node) -> bool:
-    rank = graph.rank(split.inputs[0]) or 0
+    x = split.inputs[0]
+    rank = graph.rank(x) or 0
+    if x is None or x.dtype != ir.DataType.FLOAT:
+        return False
     return len(set(_sizes(split))) == 1 and graph.attribute(split, "axis", 0) in (-1, rank - 1)

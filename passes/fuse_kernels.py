@@ -81,7 +81,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 def _obstacle(product: ir.Node) -> str | None:
     codes = weight_array(product.inputs[1])
-    if codes is None or codes.dtype != np.int8:
+    if codes is None or codes.dtype != np.int8 or codes.ndim != 2:
         return "its weight is no constant of int8"
     if codes.shape[0] % 4:
         return f"its {codes.shape[0]} input channels are no multiple of 4"
@@ -89,6 +89,10 @@ def _obstacle(product: ir.Node) -> str | None:
         return "its weight is a table that is looked up in a way the library does not know, and stored once"
     if graph.scalar(product.inputs[2]) is None or len(product.inputs) < 5 or graph.scalar(product.inputs[4]) is None:
         return "its activation has no constant scale and zero point"
+    if product.inputs[4] is None or product.inputs[4].dtype != ir.DataType.UINT8:
+        return "its activation is not uint8"
+    if len(product.inputs) > 6 and product.inputs[6] is not None and graph.constant(product.inputs[6]) is None:
+        return "its bias is no constant"
     if graph.constant(product.inputs[3]) is None or (len(product.inputs) > 5 and product.inputs[5] is not None):
         return "its weight has scales that are no constants, or zero points"
     return None
@@ -111,7 +115,7 @@ def _look_ups(weight: ir.Value | None) -> list[_LookUp] | None:
         return None
     found = [_look_up(gather) for gather in graph.consumers(table) if gather.op_type == "Gather"]
     known = [entry for entry in found if entry is not None]
-    return known if len(known) == len(found) else None
+    return known if len(known) == len(found) and (transpose is not None or not found) else None
 
 
 def _look_up(gather: ir.Node) -> _LookUp | None:
@@ -310,6 +314,8 @@ def _float_input(product: ir.Node) -> _FloatInput | None:
     if quantize is None or graph.only_consumer(quantize.outputs[0]) is not product:
         return None
     restore, found = restored_rows(product), row_range(quantize)
+    if [graph.scalar(value) for value in quantize.inputs[1:3]] != [graph.scalar(product.inputs[i]) for i in (2, 4)]:
+        return None
     if restore is None or found is None:
         x = quantize.inputs[0]
         return _FloatInput(x, frozenset([quantize]), tuple(quantize.inputs[1:3]), product.outputs[0]) if x else None
@@ -362,14 +368,15 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     biases = graph.add_initializer(model, f"{name}.column_bias", bias)
     follower = graph.only_consumer(out)
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
-    if source is not None and not ends_in_codes:
+    to_attention = follower is not None and follower.op_type == "AttentionUint8"
+    if source is not None and not ends_in_codes and not to_attention:
         return _row_linear(product, source, [*packed[weight], scales, biases], attributes, words, out, kept)
     inputs = [product.inputs[0], *packed[weight], scales, product.inputs[2], product.inputs[4], biases]
     operator, residual = "Linear", _residual(out)
     if follower is not None and ends_in_codes:
         operator, out = "LinearUint8", follower.outputs[0]
         inputs += follower.inputs[1:3]
-    elif follower is not None and follower.op_type == "AttentionUint8":
+    elif to_attention:
         operator = "LinearBfloat16"
     elif follower is not None and residual is not None:
         out = follower.outputs[0]

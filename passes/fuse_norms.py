@@ -57,13 +57,14 @@ def _norms(model: ir.Model) -> Iterator[Event]:
         ):
             continue
         size = a.shape[-1]
-        if any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
+        if not isinstance(size, int) or any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
             continue
         epsilon = graph.attribute(norm, "epsilon", 1e-5)
         assert isinstance(epsilon, float)
-        fused = ir.node(
-            "AddNorm", [a, b, *norm.inputs[1:]], {"epsilon": epsilon}, num_outputs=2, domain=DOMAIN, name=norm.name
-        )
+        inputs = [a, b, *norm.inputs[1:]]
+        if norm.op_type == "LayerNormalization" and not shift:  # without one AddNorm takes no mean off
+            inputs.append(graph.add_initializer(model, f"{norm.name or 'norm'}.shift", np.zeros(size, np.float32)))
+        fused = ir.node("AddNorm", inputs, {"epsilon": epsilon}, num_outputs=2, domain=DOMAIN, name=norm.name)
         graph.insert_after(add, [fused])
         graph.stand_in(add.outputs[0], fused.outputs[0])
         graph.stand_in(norm.outputs[0], fused.outputs[1])

@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import pytest
 from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from scalefold.compiler import CompileReport, compile_model
+from scalefold.compiler import CompileReport, compile_model, kernel_library
 from scalefold.compiler.calibrate import default_texts
 from scalefold.compiler.export import export_model
 from scalefold.compiler.intake import read_onnx
@@ -139,6 +141,34 @@ def compiled(
     }
 
 
+def _built(folder: Path, *, plain: bool = False) -> None:
+    """The kernel library in a cache of its own: the machine's compiler has to be there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", shlex.join([*kernel_library._compiler(), *(["-DSCALEFOLD_PLAIN"] if plain else [])]))
+        patch.setenv("SCALEFOLD_CACHE", str(folder))
+        shutil.copyfile(kernel_library.library(), folder / kernel_library.LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel library as this machine builds it."""
+    return made_once(tmp_path_factory, "kernels", _built) / kernel_library.LIBRARY
+
+
+@pytest.fixture
+def kernel_cache(built_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lets what needs the kernel library find it built, in a folder that is the tests' own."""
+    monkeypatch.setenv("SCALEFOLD_CACHE", str(built_kernels.parent))
+    return built_kernels.parent
+
+
+@pytest.fixture(scope="session")
+def plain_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel library without what AVX512-VNNI runs."""
+    make = partial(_built, plain=True)
+    return made_once(tmp_path_factory, "kernels-plain", make) / kernel_library.LIBRARY
+
+
 SERVER = """
 import json, os, sys, traceback
 from scalefold.compiler import cli
@@ -152,6 +182,7 @@ for line in sys.stdin:
     code = 1
     try:
         os.chdir(job["folder"])
+        os.environ.update(job["environment"])
         for number, path in ((1, job["stdout"]), (2, job["stderr"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = ["scalefold", *job["arguments"]]
@@ -183,14 +214,15 @@ def server() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def cli(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `scalefold ...` as a process of its own, in `tmp_path` and without a network."""
+    """Run `scalefold ...` as a process of its own, in `tmp_path` and without a network; keywords go to its environment."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
         assert server.stdin is not None and server.stdout is not None
         words = [str(argument) for argument in arguments]
         with tempfile.TemporaryDirectory() as scratch:
             outputs = {name: Path(scratch) / name for name in ("stdout", "stderr")}
             job = {"folder": str(tmp_path), "arguments": words, **{name: str(path) for name, path in outputs.items()}}
+            job["environment"] = {name: str(value) for name, value in environment.items()}
             server.stdin.write(json.dumps(job) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
