@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import artifact, calibrate, graph, verify
+from scalefold.compiler.decoder import position_limit
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.kernel_library import LIBRARY, is_fast, library
@@ -154,8 +155,13 @@ def _compared(folder: Path, stage: Path, model: ir.Model, data: object) -> tuple
     Raises:
         GraphError: they are too far apart for another rounding to be the cause.
     """
+    tokenizer = folder / "tokenizer.json"
     samples = calibrate.calibration_from(
-        data, model, tokenizer_file=folder / "tokenizer.json", samples=SAMPLES, max_length=TOKENS
+        data,
+        model,
+        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        samples=SAMPLES,
+        max_length=min(TOKENS, position_limit(folder) or TOKENS),
     )
     feeds: list[Feed] = samples.head(SAMPLES)
     before, after = Session(folder / artifact.MODEL), Session(stage / artifact.MODEL)
