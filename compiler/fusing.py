@@ -15,12 +15,15 @@ from scalefold.compiler import artifact, calibrate, graph, verify
 from scalefold.compiler.decoder import position_limit
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
-from scalefold.compiler.kernel_library import LIBRARY, is_fast, library
+from scalefold.compiler.kernel_library import LIBRARY, PRODUCTS, is_fast, library
 from scalefold.compiler.protocol import Context, Event, Pass, Progress, silent
 from scalefold.compiler.runtime import Feed, Session
 
 PASSES = "scalefold.passes"
 """The module that has the passes of fusing, as FUSE."""
+
+MAIN = PRODUCTS | {"CachedAttention"}
+"""Operators one of which has to come of it: a normalization alone is not worth a library."""
 
 SAMPLES = 8
 TOKENS = 128
@@ -89,7 +92,7 @@ def fuse_folder(
     ShapeInferencePass()(model)
     with progress("fusing", 3) as advance, artifact.staged(place) as scratch:
         rewrites, declined = _run(model)
-        if not rewrites:
+        if not MAIN & {event.node.op_type for event in rewrites}:
             reasons = "; ".join(sorted({event.reason for event in declined})) or "it has no MatMulIntegerToFloat"
             raise GraphError(
                 f"nothing in it can be fused ({reasons})",
