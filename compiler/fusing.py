@@ -12,14 +12,18 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import artifact, calibrate, graph, verify
+from scalefold.compiler.decoder import position_limit
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
-from scalefold.compiler.kernel_library import LIBRARY, is_fast, library
+from scalefold.compiler.kernel_library import LIBRARY, PRODUCTS, is_fast, library
 from scalefold.compiler.protocol import Context, Event, Pass, Progress, silent
 from scalefold.compiler.runtime import Feed, Session
 
 PASSES = "scalefold.passes"
 """The module that has the passes of fusing, as FUSE."""
+
+MAIN = PRODUCTS | {"CachedAttention"}
+"""Operators one of which has to come of it: a normalization alone is not worth a library."""
 
 SAMPLES = 8
 TOKENS = 128
@@ -88,7 +92,7 @@ def fuse_folder(
     ShapeInferencePass()(model)
     with progress("fusing", 3) as advance, artifact.staged(place) as scratch:
         rewrites, declined = _run(model)
-        if not rewrites:
+        if not MAIN & {event.node.op_type for event in rewrites}:
             reasons = "; ".join(sorted({event.reason for event in declined})) or "it has no MatMulIntegerToFloat"
             raise GraphError(
                 f"nothing in it can be fused ({reasons})",
@@ -154,8 +158,13 @@ def _compared(folder: Path, stage: Path, model: ir.Model, data: object) -> tuple
     Raises:
         GraphError: they are too far apart for another rounding to be the cause.
     """
+    tokenizer = folder / "tokenizer.json"
     samples = calibrate.calibration_from(
-        data, model, tokenizer_file=folder / "tokenizer.json", samples=SAMPLES, max_length=TOKENS
+        data,
+        model,
+        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        samples=SAMPLES,
+        max_length=min(TOKENS, position_limit(folder) or TOKENS),
     )
     feeds: list[Feed] = samples.head(SAMPLES)
     before, after = Session(folder / artifact.MODEL), Session(stage / artifact.MODEL)

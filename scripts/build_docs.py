@@ -30,6 +30,8 @@ STAGES = {
     "quantize": "Quantization",
     "lower": "Lowering",
 }
+FUSING = "Fusing"
+"""The stage of the passes that no recipe has: those of `scalefold fuse`."""
 SPECIAL = re.compile(r"([*_<>\[\]|])")
 DRAWING = re.compile(r"\S {2,}\S|^ {2,}\S", re.MULTILINE)
 
@@ -81,9 +83,11 @@ def _classes() -> list[type[Pass]]:
     return [found[name] for name in sorted(found)]
 
 
-def _stage_of(name: str, pipelines: dict[str, Pipeline]) -> str:
+def _stage_of(name: str, pipelines: dict[str, Pipeline]) -> str | None:
+    """The first stage that a pass runs in; None for the passes of `scalefold fuse`."""
     return next(
-        stage for stage in STAGES for found in pipelines.values() if name in [e.name for e in getattr(found, stage)]
+        (stage for stage in STAGES for found in pipelines.values() if name in [e.name for e in getattr(found, stage)]),
+        None,
     )
 
 
@@ -97,7 +101,9 @@ def _index(pipelines: dict[str, Pipeline]) -> str:
         here = {entry.name: entry for entry in classes if _stage_of(entry.name, pipelines) == stage}
         text += [f"- [{name}]({name}.md): {_prose(_doc(here[name])[0])}" for name in order if name in here]
         text.append("")
-    return "\n".join(text)
+    text += [f"## {FUSING}\n", "What `scalefold fuse` does to a compiled folder, in this order.\n"]
+    text += [f"- [{entry.name}]({entry.name}.md): {_prose(_doc(type(entry))[0])}" for entry in passes.FUSE]
+    return "\n".join([*text, ""])
 
 
 def _doc(entry: type[Pass]) -> list[str]:
@@ -108,10 +114,11 @@ def _doc(entry: type[Pass]) -> list[str]:
 def _pass_page(entry: type[Pass], pipelines: dict[str, Pipeline]) -> str:
     summary, *rest = _doc(entry)
     body = [_paragraph(text) for text in rest if not text.startswith("Attributes:")]
-    recipes = _recipes(entry.name, pipelines)
+    stage = _stage_of(entry.name, pipelines)
+    recipes = _recipes(entry.name, pipelines) if stage else "none: `scalefold fuse`"
     facts = [
         ("Class", f"`{entry.__module__}.{entry.__name__}`"),
-        ("Stage", STAGES[_stage_of(entry.name, pipelines)]),
+        ("Stage", STAGES[stage] if stage else FUSING),
         ("Contract", f"{entry.contract.name.lower()}: {entry.contract.value}"),
         ("Requires", _facts(entry.requires)),
         ("Provides", _facts(entry.provides)),
