@@ -57,7 +57,9 @@ def _norms(model: ir.Model) -> Iterator[Event]:
         ):
             continue
         size = a.shape[-1]
-        if not isinstance(size, int) or any(array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)):
+        if not isinstance(size, int) or any(
+            array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)
+        ):
             continue
         epsilon = graph.attribute(norm, "epsilon", 1e-5)
         assert isinstance(epsilon, float)
