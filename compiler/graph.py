@@ -84,6 +84,13 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def same_shape(value: ir.Value, other: ir.Value) -> bool:
+    """Whether two values are known to have the same shape; dimensions without a name are not known."""
+    if value.shape is None or other.shape is None or value.shape != other.shape:
+        return False
+    return all(isinstance(size, int) or size.value is not None for size in value.shape)
+
+
 def reduces_last_axis(reduce: ir.Node, x: ir.Value) -> bool:
     """Whether a reduction of `x` is over the last axis alone and keeps it."""
     if attribute(reduce, "keepdims", 1) != 1:

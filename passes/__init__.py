@@ -51,12 +51,12 @@ NORMALIZE: tuple[Pass, ...] = (
 SEARCHED_BITS = 6
 """Fewest weight bits that migration searches with: it rounds to the nearest, and solvers for fewer bits do better."""
 
-FUSE: tuple[Pass, ...] = (RecoverRotary(), UnmergeHeads(), FuseAttention())
+ATTENTION: tuple[Pass, ...] = (RecoverRotary(), UnmergeHeads(), FuseAttention())
 """How attention is written for onnxruntime, whether it is to be run from then on or only to be measured."""
 
 LOWER: dict[Target, tuple[Pass, ...]] = {
     "onnxruntime-cpu": (
-        *FUSE,
+        *ATTENTION,
         MergeExpands(),
         FoldShift(),
         LowerIntegerMatmul(),
@@ -71,7 +71,7 @@ FUSE: tuple[Pass, ...] = (FuseDecoder(), FuseKernels(), FuseNorms())
 
 def pipeline(recipe: Recipe) -> Pipeline:
     """The passes of a recipe, in order."""
-    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), _lower(recipe), FUSE)
+    return Pipeline(NORMALIZE, _transform(recipe), _quantize(recipe), _lower(recipe), ATTENTION)
 
 
 def _transform(recipe: Recipe) -> tuple[Pass, ...]:

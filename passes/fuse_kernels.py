@@ -409,7 +409,7 @@ def _residual(out: ir.Value) -> ir.Value | None:
     """What is added to a value, and nothing else done with it; None where that is broadcast."""
     add = graph.only_consumer(out, "Add")
     other = graph.other_input(add, out) if add is not None else None
-    return other if other is not None and _same_shape(other, out) else None
+    return other if other is not None and other is not out and graph.same_shape(other, out) else None
 
 
 def _row_linear(
@@ -483,8 +483,3 @@ def _activation(node: ir.Node) -> str | None:
     if node.op_type == "QuickGelu" and graph.attribute(node, "alpha", 1.702) == 1.0:
         return "silu"
     return None
-
-
-def _same_shape(value: ir.Value, other: ir.Value) -> bool:
-    """Whether two values have the same known shape and neither is a constant that is broadcast."""
-    return value is not other and value.shape is not None and value.shape == other.shape

@@ -43,31 +43,26 @@ class FuseNorms:
 def _norms(model: ir.Model) -> Iterator[Event]:
     for norm in graph.nodes(model, "RMSNormalization", "LayerNormalization"):
         add = graph.producer(norm.inputs[0], "Add")
-        gain, *shift = (graph.constant(value) for value in norm.inputs[1:])
-        if add is None or gain is None or any(array is None for array in shift):
+        if add is None or not _fits(add, norm):
             continue
-        a, b = add.inputs[:2]
-        rank = graph.rank(norm.inputs[0])
-        if a is None or b is None or a.shape is None or a.shape != b.shape or rank is None:
-            continue
-        if (
-            graph.attribute(norm, "axis", -1) not in (-1, rank - 1)
-            or len(norm.outputs) > 1
-            or a.dtype != ir.DataType.FLOAT
-        ):
-            continue
-        size = a.shape[-1]
-        if not isinstance(size, int) or any(
-            array is None or array.size != size or array.dtype != np.float32 for array in (gain, *shift)
-        ):
-            continue
-        epsilon = graph.attribute(norm, "epsilon", 1e-5)
-        assert isinstance(epsilon, float)
-        inputs = [a, b, *norm.inputs[1:]]
-        if norm.op_type == "LayerNormalization" and not shift:  # without one AddNorm takes no mean off
+        epsilon, gain = float(str(graph.attribute(norm, "epsilon", 1e-5))), norm.inputs[1]
+        inputs = [*add.inputs[:2], *norm.inputs[1:]]
+        if norm.op_type == "LayerNormalization" and len(norm.inputs) == 2:  # without a shift AddNorm takes no mean off
+            size = 0 if gain is None else graph.whole_shape(gain)[-1]
             inputs.append(graph.add_initializer(model, f"{norm.name or 'norm'}.shift", np.zeros(size, np.float32)))
         fused = ir.node("AddNorm", inputs, {"epsilon": epsilon}, num_outputs=2, domain=DOMAIN, name=norm.name)
         graph.insert_after(add, [fused])
         graph.stand_in(add.outputs[0], fused.outputs[0])
         graph.stand_in(norm.outputs[0], fused.outputs[1])
         yield Event(fused, "addition and normalization by one operator")
+
+
+def _fits(add: ir.Node, norm: ir.Node) -> bool:
+    """Whether floats of one shape are added and normalized over the last axis, by constants along it."""
+    a, b = add.inputs[:2]
+    if a is None or b is None or not graph.same_shape(a, b) or a.dtype != ir.DataType.FLOAT or a.shape is None:
+        return False
+    if len(norm.outputs) > 1 or graph.attribute(norm, "axis", -1) not in (-1, len(a.shape) - 1):
+        return False
+    constants = [graph.constant(value) for value in norm.inputs[1:]]
+    return all(array is not None and array.size == a.shape[-1] and array.dtype == np.float32 for array in constants)

@@ -71,7 +71,7 @@ def encoder(compiled: dict[str, CompileReport], fuse: Callable[..., Fused]) -> F
 
 
 WORDS = Tokenizer(models.WordLevel({f"w{index}": index for index in range(200)}, unk_token="w0"))
-WORDS.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+WORDS.pre_tokenizer = pre_tokenizers.Whitespace()
 
 
 @pytest.fixture(scope="session", params=["llama-throughput", "llama-decode", "llama-token", "gpt2-throughput"])
