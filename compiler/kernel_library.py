@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,7 @@ def is_fast(path: Path) -> bool:
         SourceError: it is damaged.
     """
     try:
+        _require_whole(path)
         return bool(ctypes.CDLL(str(path)).scalefold_vectorized())
     except (OSError, AttributeError) as error:
         raise SourceError(
@@ -120,6 +122,7 @@ def register(options: onnxruntime.SessionOptions, path: Path | None = None) -> N
     """
     place = library() if path is None else path
     try:
+        _require_whole(place)
         options.register_custom_ops_library(str(place))
     except Exception as error:  # onnxruntime has a private class for each of its faults, and dlopen says why
         raise SourceError(
@@ -127,6 +130,16 @@ def register(options: onnxruntime.SessionOptions, path: Path | None = None) -> N
             where=str(place),
             remedy="fuse the folder again on a machine like this one",
         ) from error
+
+
+def _require_whole(path: Path) -> None:
+    """Raise OSError for an ELF file that is cut short: to load one kills the process. Its table of sections ends it."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) == 64 and head[:5] == b"\x7fELF\x02":
+        (offset,), (size, count) = struct.unpack_from("=Q", head, 40), struct.unpack_from("=HH", head, 58)
+        if offset + size * count > path.stat().st_size:
+            raise OSError("it is cut short")
 
 
 def _compiler() -> tuple[str, ...]:

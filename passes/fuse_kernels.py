@@ -140,6 +140,7 @@ def _look_up(gather: ir.Node) -> _LookUp | None:
 
 def _attentions(model: ir.Model) -> Iterator[Event]:
     """Let attention read its three projections side by side, and write codes."""
+    shared: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for attention in graph.nodes(model, "Attention"):
         products = [graph.producer(value, "MatMulIntegerToFloat") for value in attention.inputs[:3]]
         quantize = graph.only_consumer(attention.outputs[0], "QuantizeLinear")
@@ -156,7 +157,7 @@ def _attentions(model: ir.Model) -> Iterator[Event]:
             or width > heads * LARGEST_HEAD
         ):
             continue
-        joined = _side_by_side(model, layers)
+        joined = _side_by_side(model, layers, shared)
         mask = attention.inputs[3] if len(attention.inputs) > 3 else None
         fused = ir.node(
             "AttentionUint8",
@@ -194,14 +195,17 @@ def _width(product: ir.Node) -> int:
     return int(codes.shape[1])
 
 
-def _side_by_side(model: ir.Model, layers: list[ir.Node]) -> ir.Node:
-    """One product of what several make of one input, their columns behind one another."""
+def _side_by_side(
+    model: ir.Model, layers: list[ir.Node], shared: dict[tuple[ir.Value | None, ...], ir.Value]
+) -> ir.Node:
+    """One product of what several make of one input, their columns behind one another; `shared` has weights made so."""
     names = [layer.name or "" for layer in layers]
     name = layer_names.joined(names) or "+".join(names)
-    arrays = [weight_array(layer.inputs[1]) for layer in layers]
-    weight = graph.add_initializer(
-        model, f"{name}.weight_codes", np.concatenate([a for a in arrays if a is not None], 1)
-    )
+    weights = tuple(layer.inputs[1] for layer in layers)
+    if weights not in shared:
+        codes = np.concatenate([array for value in weights if (array := weight_array(value)) is not None], 1)
+        shared[weights] = graph.add_initializer(model, f"{name}.weight_codes", codes)
+    weight = shared[weights]
     scales = graph.add_initializer(model, f"{name}.weight_scales", np.concatenate([_scales(layer) for layer in layers]))
     bias = graph.add_initializer(model, f"{name}.bias", np.concatenate([_bias(layer) for layer in layers]))
     first = layers[0]

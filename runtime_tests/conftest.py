@@ -221,7 +221,11 @@ def cli(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., subproce
         words = [str(argument) for argument in arguments]
         with tempfile.TemporaryDirectory() as scratch:
             outputs = {name: Path(scratch) / name for name in ("stdout", "stderr")}
-            job = {"folder": str(tmp_path), "arguments": words, **{name: str(path) for name, path in outputs.items()}}
+            job: dict[str, Any] = {
+                "folder": str(tmp_path),
+                "arguments": words,
+                **{name: str(path) for name, path in outputs.items()},
+            }
             job["environment"] = {name: str(value) for name, value in environment.items()}
             server.stdin.write(json.dumps(job) + "\n")
             server.stdin.flush()

@@ -156,9 +156,9 @@ ERRORS = frozenset(
     ("SourceError", "GraphError", "PatternError", "CalibrationError", "KernelError", "OutputError", "InterruptError")
 )
 COVERED = (
-    "artifact", "calibrate", "charts", "cli", "decoder", "driver", "evaluate", "export", "fusing", "gates", "generate",
-    "intake", "kernel_library", "protocol", "runtime", "sensitivity", "serving", "standard_operators", "task_data", "trainable_weights", "tuning",
-    "user_pass", "verify",
+    "artifact", "calibrate", "charts", "cli", "decoder", "driver", "evaluate", "export", "fusing", "gates",
+    "generate", "intake", "kernel_library", "protocol", "runtime", "sensitivity", "serving",
+    "standard_operators", "task_data", "trainable_weights", "tuning", "user_pass", "verify",
 )  # fmt: skip
 """Modules of compiler/ each of whose messages has a row in the page."""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ def weight(seed: int) -> Array:
 
 
 W, V, T = weight(1), weight(2), weight(3)
-CONSTANTS: dict[str, Array] = {
+CONSTANTS: dict[str, Any] = {
     "W": W, "V": V, "T": T, "s": np.float32(0.02), "z": np.uint8(120), "u": np.float32(0.05), "o": np.uint8(128),
     "t": np.linspace(0.01, 0.02, N, dtype=np.float32), "b": np.linspace(-1, 1, N, dtype=np.float32),
     "one": np.ones(1, np.float32), "gain": np.linspace(1, 2, N, dtype=np.float32),

@@ -71,7 +71,7 @@ def encoder(compiled: dict[str, CompileReport], fuse: Callable[..., Fused]) -> F
 
 
 WORDS = Tokenizer(models.WordLevel({f"w{index}": index for index in range(200)}, unk_token="w0"))
-WORDS.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+WORDS.pre_tokenizer = pre_tokenizers.Whitespace()
 
 
 @pytest.fixture(scope="session", params=["llama-throughput", "llama-decode", "llama-token", "gpt2-throughput"])
@@ -123,7 +123,7 @@ def test_all_of_an_encoder_runs_on_the_library(encoder: Fused) -> None:
     counts = encoder.operators
     assert counts["AttentionUint8"] == counts["LinearBfloat16"] == counts["LinearUint8"] == 2
     assert counts["LinearNormUint8"] >= 3
-    assert not {"MatMulIntegerToFloat", "Attention", "LayerNormalization"} & set(counts)
+    assert not {"MatMulIntegerToFloat", "Attention"} & set(counts)  # the last normalization is quantized for nothing
     assert encoder.report.declined == {}
     assert encoder.report.fused["three projections in one product, codes as its output"] == 2
 
@@ -211,6 +211,7 @@ def test_greedy_text_is_the_same(decoder: Fused, cli: Cli) -> None:
     assert texts[0] and texts[0][:1] == texts[1][:1]
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_weight_are_each_listed(
     fuse: Callable[..., Fused], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -344,7 +345,7 @@ def test_a_cache_that_cannot_be_written_to(
     assert_refused(encoder.before, earlier, SourceError, "the kernel library cannot be kept in it .*SCALEFOLD_CACHE")
 
 
-def test_a_damaged_library_in_the_cache(encoder: Fused, earlier: Path, tmp_path: Path, kernel_cache: Path) -> None:
+def test_a_damaged_library_in_the_cache(encoder: Fused, tmp_path: Path, kernel_cache: Path) -> None:
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(kernel_library.library().read_bytes()[:1000])
     with pytest.raises(SourceError, match="it is no library of scalefold's kernels"):
@@ -358,9 +359,11 @@ def test_a_processor_without_vnni(encoder: Fused, earlier: Path, monkeypatch: py
 
 
 def test_a_damaged_library_beside_the_model(earlier: Path, cli: Cli) -> None:
-    (earlier / LIBRARY).write_bytes(b"no library")
-    with pytest.raises(SourceError, match=r"the library cannot be loaded \(.*; fuse the folder again"):
-        Session(earlier / artifact.MODEL)
+    whole = (earlier / LIBRARY).read_bytes()
+    for content in (b"", b"no library", whole[:1000], whole[:-1000]):
+        (earlier / LIBRARY).write_bytes(content)
+        with pytest.raises(SourceError, match=r"the library cannot be loaded \(.*; fuse the folder again"):
+            Session(earlier / artifact.MODEL)
     done = cli("verify", earlier)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the library cannot be loaded" in done.stderr

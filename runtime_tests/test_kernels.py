@@ -27,7 +27,15 @@ EDGE = 1e-3
 
 LOWEST = float(np.finfo(np.float32).min)
 ROWS = (*range(1, 14), 100)
-TYPES = {"f": TensorProto.FLOAT, "b": TensorProto.BFLOAT16, "u": TensorProto.UINT8}
+TYPES = {
+    "f": TensorProto.FLOAT, "u": TensorProto.UINT8, "i": TensorProto.INT8, "s": TensorProto.INT32, "l": TensorProto.INT64,
+}  # fmt: skip
+GIVEN = {
+    "Linear": "uisffuff", "LinearUint8": "uisffuffu", "LinearBfloat16": "uisffuf", "LinearNormUint8": "uisffufffffffu",
+    "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufff", "LookUp": "ifl",
+    "CachedAttention": "ffffff", "AddNorm": "ffff", "GatedSilu": "f",
+}  # fmt: skip
+"""The inputs of each operator, by type; bfloat16 is given as float."""
 MADE = {
     "Linear": "f", "LinearUint8": "u", "LinearBfloat16": "b", "LinearNormUint8": "fu", "LayerNormUint8": "fu",
     "AttentionUint8": "u", "RowLinear": "f", "LookUp": "f", "CachedAttention": "fff", "AddNorm": "ff", "GatedSilu": "f",
@@ -46,7 +54,7 @@ def session(library: Path, operator: str, given: tuple[bool, ...], attributes: t
     """One node; bfloat16 is cast on its way in and out, as numpy has no such numbers."""
     names = [f"x{index}" if there else "" for index, there in enumerate(given)]
     outputs = [f"y{index}" for index in range(len(MADE[operator]))]
-    before, after, types = [], [], [0] * len(names)
+    before, after = [], []
     if operator == "AttentionUint8":
         before = [helper.make_node("Cast", ["x0"], ["narrow"], to=TensorProto.BFLOAT16)]
     made = ["wide"] if MADE[operator] == "b" else outputs
@@ -55,23 +63,13 @@ def session(library: Path, operator: str, given: tuple[bool, ...], attributes: t
     )
     if made != outputs:
         after = [helper.make_node("Cast", made, outputs, to=TensorProto.FLOAT)]
-    types = {
-        "LookUp": "iFI",
-        "AddNorm": "FFFF",
-        "GatedSilu": "F",
-        "RowLinear": "FiSFFFuFFF",
-        "LayerNormUint8": "FFFFFFu",
-    }.get(
-        operator,
-        {"A": "FFuF", "C": "FFFFFF"}.get(operator[0], "uiSFFuFF" + ("u" if operator == "LinearUint8" else "FFFFFu")),
-    )
-    known = {"F": 1, "u": 2, "i": 3, "S": 6, "I": 7}
+    types = GIVEN[operator]
     graph = helper.make_graph(
         [*before, node, *after],
         "one",
-        [helper.make_tensor_value_info(n, known[t], None) for n, t in zip(names, types, strict=False) if n],
+        [helper.make_tensor_value_info(n, TYPES[t], None) for n, t in zip(names, types, strict=False) if n],
         [
-            helper.make_tensor_value_info(n, TYPES[t if t != "b" else "f"], None)
+            helper.make_tensor_value_info(n, TYPES[t.replace("b", "f")], None)
             for n, t in zip(outputs, MADE[operator], strict=True)
         ],
     )
@@ -86,7 +84,7 @@ def session(library: Path, operator: str, given: tuple[bool, ...], attributes: t
 
 
 def run(
-    library: Path, operator: str, inputs: Sequence[Array | None], threads: int = 2, **attributes: float
+    library: Path, operator: str, inputs: Sequence[Array | None], threads: Any = 2, **attributes: Any
 ) -> list[Array]:
     opened = session(
         library, operator, tuple(entry is not None for entry in inputs), tuple(sorted(attributes.items())), threads
@@ -111,12 +109,14 @@ def zero(value: int) -> Array:
 def activated(x: Array, kind: str) -> Array:
     """An activation function in float64."""
     if kind == "relu":
-        return np.maximum(x, 0)
-    if kind == "gelu":
-        return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))
-    if kind == "gelu_tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x / (1 + np.exp(-x)) if kind == "silu" else x
+        x = np.maximum(x, 0)
+    elif kind == "gelu":
+        x = 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))
+    elif kind == "gelu_tanh":
+        x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    elif kind == "silu":
+        x = x / (1 + np.exp(-x))
+    return x
 
 
 def assert_codes(got: Array, wanted: Array, step: float, zero_point: int) -> None:
@@ -147,7 +147,7 @@ class Product:
     def inputs(self) -> list[Array | None]:
         return [self.x, *self.constants, self.step, self.zero, self.bias]
 
-    def wanted(self) -> Array:
+    def wanted(self) -> Any:
         """In float64, before any activation."""
         sums = (self.x.astype(np.int64) - int(self.zero)) @ self.weight.astype(np.int64)
         return sums * np.float64(self.step) * self.scales.astype(np.float64) + self.bias
@@ -360,7 +360,7 @@ def check_attention_uint8(kernels: Path, batch: int, heads: int, tokens: int, si
         kernels, "AttentionUint8", [x, one(step), zero(point), *([] if mask is None else [mask])], heads=heads
     )
     assert codes.shape == (batch, tokens, heads * size)
-    wanted, spread, _ = attended(*parts, 1 / math.sqrt(size), mask)
+    wanted, spread, _ = attended(parts[0], parts[1], parts[2], 1 / math.sqrt(size), mask)
     got = codes.reshape(batch, tokens, heads, size).transpose(0, 2, 1, 3).astype(np.float64)
     aim = np.clip(wanted / step + point, 0, 255)
     assert np.all(np.abs(got - aim) <= 0.5 + EDGE + 2 * BFLOAT * spread / step)
@@ -499,7 +499,8 @@ def test_threads_change_nothing(kernels: Path) -> None:
 def misfits() -> list[Any]:
     """An operator with inputs that do not fit, by what is wrong."""
     product, vector, codes = Product((3,), 16, 20), floats(1, 20), [one(0.1), zero(3)]
-    x, panels, sums, scales, step, point, bias = product.inputs
+    given: list[Any] = product.inputs
+    x, panels, sums, scales, step, point, bias = given
     rows, qkv, past = floats(2, 3, 16), floats(3, 1, 3, 96), floats(4, 1, 2, 5, 16)
     mask, heads = np.zeros((1, 1, 3, 8), np.float32), {"heads": 2, "groups": 2}
     angles = floats(5, 1, 3, 8)
