@@ -353,8 +353,8 @@ void rotate_plain(const float* x, const float* cosines, const float* sines, size
   }
 }
 
-void round_plain(float* x, size_t n) {
-  for (size_t i = 0; i < n; ++i) x[i] = from_bfloat(to_bfloat(x[i]));
+void round_plain(const float* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = from_bfloat(to_bfloat(x[i]));
 }
 
 // One query by numbers that are rounded to bfloat16, as a prompt is multiplied in: both give the same but for the order in
@@ -825,12 +825,12 @@ AVX512 void rotate512(const float* x, const float* cosines, const float* sines, 
   }
 }
 
-AVX512 void round512(float* x, size_t n) {
+AVX512 void round512(const float* x, size_t n, float* out) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (size_t i = 0; i < n; i += 16) {
     const __mmask16 in = lanes(n - i);
     const __m512i bits = _mm512_and_si512(rounded512(_mm512_maskz_loadu_ps(in, x + i)), upper);
-    _mm512_mask_storeu_ps(x + i, in, _mm512_castsi512_ps(bits));
+    _mm512_mask_storeu_ps(out + i, in, _mm512_castsi512_ps(bits));
   }
 }
 
@@ -1197,20 +1197,20 @@ void rotate(const Cached& c, const float* row, size_t angle, float* out) {
   CHOOSE(rotate512, rotate_plain)(row, c.cosines + angle, c.sines + angle, c.size / 2, out);
 }
 
-// Keys and values of one head of them: those of the cache, and the new ones behind, rounded to bfloat16 for good.
+// Keys and values of one head of them: those of the cache, and the new ones behind, all rounded to bfloat16. Those of an
+// earlier step are so already; a prefix that was baked in is not.
 void extend(const Cached& c, size_t b, size_t g) {
-  const size_t half = c.size / 2, head = b * c.groups + g;
+  const size_t half = c.size / 2, head = b * c.groups + g, old = c.past * c.size;
   float *k = c.k + head * c.total() * c.size, *v = c.v + head * c.total() * c.size;
-  std::memcpy(k, c.past_k + head * c.past * c.size, c.past * c.size * sizeof(float));
-  std::memcpy(v, c.past_v + head * c.past * c.size, c.past * c.size * sizeof(float));
+  CHOOSE(round512, round_plain)(c.past_k + head * old, old, k);
+  CHOOSE(round512, round_plain)(c.past_v + head * old, old, v);
   for (size_t s = 0; s < c.tokens; ++s) {
     const float* row = c.qkv + (b * c.tokens + s) * c.width() + (c.heads + g) * c.size;
-    const size_t angle = (b * c.tokens + s) * half, to = (c.past + s) * c.size;
+    const size_t angle = (b * c.tokens + s) * half, to = old + s * c.size;
     rotate(c, row, angle, k + to);
-    std::memcpy(v + to, row + c.groups * c.size, c.size * sizeof(float));
+    CHOOSE(round512, round_plain)(k + to, c.size, k + to);
+    CHOOSE(round512, round_plain)(row + c.groups * c.size, c.size, v + to);
   }
-  CHOOSE(round512, round_plain)(k + c.past * c.size, c.tokens * c.size);
-  CHOOSE(round512, round_plain)(v + c.past * c.size, c.tokens * c.size);
 }
 
 // The query of a token for one head, rotated.
@@ -1320,7 +1320,7 @@ void attend_cached_plain(const Run& run, const Cached& c) {
     for (size_t s = 0; s < c.tokens; ++s) {
       for (size_t head = g * shared; head < (g + 1) * shared; ++head) {
         query(c, b, s, head, scratch.data());
-        round_plain(scratch.data(), c.size);
+        round_plain(scratch.data(), c.size, scratch.data());
         attend_row_plain(scratch.data(), k, v, c.total(), c.size, c.scale, c.mask_row(b, head, s), scratch.data() + c.size,
                          c.out + ((b * c.tokens + s) * c.heads + head) * c.size);
       }

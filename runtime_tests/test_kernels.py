@@ -460,8 +460,8 @@ def test_nothing_to_do_gives_nothing(kernels: Path) -> None:
     past, mask = floats(2, 2, 2, 5, 16), np.zeros((2, 1, 0, 5), np.float32)
     out, keys, values = run(kernels, "CachedAttention", [qkv, past, -past, mask], heads=2, groups=2)
     assert out.shape == (2, 0, 32)
-    np.testing.assert_array_equal(keys, past)
-    np.testing.assert_array_equal(values, -past)
+    np.testing.assert_array_equal(keys, rounded(past))  # a prefix that was baked in is rounded on its first way through
+    np.testing.assert_array_equal(values, rounded(-past))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
