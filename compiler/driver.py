@@ -684,8 +684,11 @@ def _context(used: Calibration, search_samples: int, original: ir.Model, progres
     search = used.head(search_samples)
 
     def measure(model: ir.Model, requests: Requests) -> dict[str, Statistic]:
+        quick = fused(model)
+        kept = {value.name for node in quick.graph for value in node.outputs} | set(inputs_of(quick))
         with progress("calibrating", used.count) as advance:
-            return calibrate.collect(fused(model), requests, used.feeds(), advance)
+            # what is asked for may lie inside what was fused
+            return calibrate.collect(quick if kept >= requests.keys() else model, requests, used.feeds(), advance)
 
     return Context(
         measure=measure,

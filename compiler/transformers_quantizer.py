@@ -41,7 +41,7 @@ class ScalefoldQuantizer(ExportQuantizer):  # type: ignore[misc]
 
     supported_formats = (ExportFormat.ONNX,)
     required_packages = ("onnx", "onnx_ir", "onnxruntime")
-    min_versions: Mapping[str, str] = {"onnxruntime": "1.23.2"}
+    min_versions: Mapping[str, str] = {"onnxruntime": "1.24.1"}
 
     def __init__(
         self,
