@@ -9,19 +9,21 @@ if TYPE_CHECKING:
     from scalefold.compiler.diff import Diff, diff_models
     from scalefold.compiler.driver import CompileReport, compile_model
     from scalefold.compiler.errors import ScalefoldError
+    from scalefold.compiler.fusing import FuseReport, fuse_folder
     from scalefold.compiler.recipe import Recipe, load_recipe, named_recipes
     from scalefold.compiler.serving import AdapterSession, load, write_overridable
     from scalefold.compiler.transformers_quantizer import ScalefoldQuantizer
 
 __all__ = [
-    "AdapterSession", "CompileReport", "Diff", "Recipe", "ScalefoldError", "ScalefoldQuantizer", "compile_model",
-    "diff_models", "load", "load_recipe", "named_recipes", "write_overridable",
+    "AdapterSession", "CompileReport", "Diff", "FuseReport", "Recipe", "ScalefoldError", "ScalefoldQuantizer",
+    "compile_model", "diff_models", "fuse_folder", "load", "load_recipe", "named_recipes", "write_overridable",
 ]  # fmt: skip
 
 HOMES = {
     "diff": ("Diff", "diff_models"),
     "driver": ("CompileReport", "compile_model"),
     "errors": ("ScalefoldError",),
+    "fusing": ("FuseReport", "fuse_folder"),
     "recipe": ("Recipe", "load_recipe", "named_recipes"),
     "serving": ("AdapterSession", "load", "write_overridable"),
     "transformers_quantizer": ("ScalefoldQuantizer",),

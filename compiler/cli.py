@@ -245,7 +245,7 @@ def fuse_command(
         console.print(f"{count:5} x {what}")
     for layer, reason in report.declined.items():
         console.print(f"{_escape(layer)} stays on onnxruntime's kernel: {reason}")
-    _print_outputs(report.outputs, f"{report.held_out}, compared with the folder that was fused")
+    _print_outputs(report.outputs, report.held_out, against="the folder that was fused")
     console.print(f"{report.output}: {report.bytes / 1e6:.1f} MB, loads in {report.load_seconds:.2f} s; open it with")
     console.print(f"options.register_custom_ops_library('{report.output / LIBRARY}')")
 
@@ -715,10 +715,12 @@ def _print_kernels(kernels: Sequence[verify.LayerKernel], sqnr: dict[str, float 
     Console().print(table)
 
 
-def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str) -> None:
+def _print_outputs(outputs: Sequence[verify.Fidelity], held_out: str, *, against: str = "float") -> None:
     if not outputs:
         return
-    table = Table("output", "mean cosine", "min cosine", "max error", "SQNR dB", title=f"against float on {held_out}")
+    table = Table(
+        "output", "mean cosine", "min cosine", "max error", "SQNR dB", title=f"against {against} on {held_out}"
+    )
     for entry in outputs:
         figures = (
             f"{entry.mean_cosine:.5f}",

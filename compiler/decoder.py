@@ -172,6 +172,13 @@ def cache_pairs(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]
     return {name: paired for name, paired in candidates if paired in known}
 
 
+def result_names(model: ir.Model) -> list[str]:
+    """The names of the outputs that are results: of a decoder, not the cache."""
+    names = [value.name or "" for value in model.graph.outputs]
+    cache = set(cache_pairs(inputs_of(model), names).values())
+    return [name for name in names if name not in cache]
+
+
 def prefix_length(model: ir.Model) -> int:
     """Positions that a prefix baked into the cache takes up; 0 without one."""
     shapes = [value.shape for name, value in model.graph.initializers.items() if name.endswith(PREFIX)]

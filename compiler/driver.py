@@ -25,11 +25,11 @@ from scalefold.compiler.calibrate import Calibration
 from scalefold.compiler.choice_solver import require_solver
 from scalefold.compiler.decoder import (
     POSITION_KEYS,
-    cache_pairs,
     first_tokens,
     is_decoder,
     position_limit,
     prefix_length,
+    result_names,
 )
 from scalefold.compiler.errors import CalibrationError, GraphError, PatternError, RecipeError, SourceError
 from scalefold.compiler.export import SENTENCE_FILES, export_model
@@ -417,7 +417,7 @@ class _Run:
             kernels = verify.layer_kernels(stage / artifact.MODEL, weight_only=self.recipe.activations is None)
             advance()
             verify.require_integer_kernels(kernels, allow_float)
-            results = _results(self.original)
+            results = result_names(self.original)
             expected = verify.kept_outputs(self.fused(self.original), results, self.held_out, stage.parent)
             session = Session(stage / artifact.MODEL)
             outputs = verify.fidelity(expected, session, self.held_out)
@@ -705,17 +705,10 @@ def _reference(model: ir.Model, feeds: Sequence[Feed], fused: Fused) -> Callable
 
     @cache
     def results() -> list[dict[str, Array]]:
-        session = Session(fused(model), outputs=_results(model))
+        session = Session(fused(model), outputs=result_names(model))
         return [session.run(feed) for feed in feeds]
 
     return results
-
-
-def _results(model: ir.Model) -> list[str]:
-    """The names of the outputs that are results: of a decoder, not the cache."""
-    names = [value.name or "" for value in model.graph.outputs]
-    cache = set(cache_pairs(inputs_of(model), names).values())
-    return [name for name in names if name not in cache]
 
 
 def _release_memory(*models: ir.Model) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from scalefold.compiler import artifact, calibrate, graph, verify
-from scalefold.compiler.decoder import position_limit
+from scalefold.compiler.decoder import position_limit, result_names
 from scalefold.compiler.errors import GraphError, SourceError
 from scalefold.compiler.intake import read_onnx
 from scalefold.compiler.kernel_library import LIBRARY, PRODUCTS, is_fast, library
@@ -167,8 +167,9 @@ def _compared(folder: Path, stage: Path, model: ir.Model, data: object) -> tuple
         max_length=min(TOKENS, position_limit(folder) or TOKENS),
     )
     feeds: list[Feed] = samples.head(SAMPLES)
-    before, after = Session(folder / artifact.MODEL), Session(stage / artifact.MODEL)
-    outputs = tuple(verify.fidelity(map(before.run, feeds), after, feeds))
+    before, after, names = Session(folder / artifact.MODEL), Session(stage / artifact.MODEL), result_names(model)
+    expected = ({name: given[name] for name in names} for given in map(before.run, feeds))
+    outputs = tuple(verify.fidelity(expected, after, feeds))
     worst = min(outputs, key=lambda entry: entry.mean_cosine, default=None)
     if worst is not None and not worst.mean_cosine >= LEAST_COSINE:
         raise GraphError(
