@@ -274,14 +274,23 @@ struct Norm {
   uint8_t* codes;  // [M, N]
 };
 
-void normalize_plain(const Norm& f, size_t row, const float* x) {
+// What brings a row to mean 0, or leaves its mean where it is not to be centred, and to a mean square of 1.
+struct Moments {
+  float mean, scale;
+};
+
+Moments moments_plain(const float* x, size_t n, bool centred, float epsilon) {
   double sum = 0, squares = 0;
-  for (size_t i = 0; i < f.n; ++i) sum += x[i];
-  const float mean = static_cast<float>(sum / static_cast<double>(f.n));
-  for (size_t i = 0; i < f.n; ++i) squares += static_cast<double>(x[i] - mean) * (x[i] - mean);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(f.n)) + f.epsilon);
+  for (size_t i = 0; i < n; ++i) sum += x[i];
+  const float mean = centred ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+  for (size_t i = 0; i < n; ++i) squares += static_cast<double>(x[i] - mean) * (x[i] - mean);
+  return {mean, 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(n)) + epsilon)};
+}
+
+void normalize_plain(const Norm& f, size_t row, const float* x) {
+  const Moments m = moments_plain(x, f.n, true, f.epsilon);
   for (size_t i = 0; i < f.n; ++i) {
-    const float y = (x[i] - mean) * scale * f.gain[i] + f.shift[i];
+    const float y = (x[i] - m.mean) * m.scale * f.gain[i] + f.shift[i];
     f.codes[row * f.n + i] = to_code(y, f.inverse, f.zero);
     f.out[row * f.n + i] = y * f.multiply[i] + f.add[i];
   }
@@ -389,13 +398,9 @@ struct Joint {
 void add_norm_plain(const Joint& f, size_t row, float* out) {
   const float* a = f.a + row * f.n;
   const float* sum = f.b ? f.sum + row * f.n : a;
-  double total = 0, squares = 0;
   for (size_t i = 0; i < f.n && f.b; ++i) f.sum[row * f.n + i] = a[i] + f.b[row * f.n + i];
-  for (size_t i = 0; i < f.n; ++i) total += sum[i];
-  const float mean = f.shift ? static_cast<float>(total / static_cast<double>(f.n)) : 0.0f;
-  for (size_t i = 0; i < f.n; ++i) squares += static_cast<double>(sum[i] - mean) * (sum[i] - mean);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(f.n)) + f.epsilon);
-  for (size_t i = 0; i < f.n; ++i) out[i] = (sum[i] - mean) * scale * f.gain[i] + (f.shift ? f.shift[i] : 0.0f);
+  const Moments m = moments_plain(sum, f.n, f.shift != nullptr, f.epsilon);
+  for (size_t i = 0; i < f.n; ++i) out[i] = (sum[i] - m.mean) * m.scale * f.gain[i] + (f.shift ? f.shift[i] : 0.0f);
 }
 
 // A row to codes; where it is to have its own range, (step, least value) are that.
@@ -582,25 +587,34 @@ AVX512 void tile512(const Product& p, size_t row, size_t panel) {
 
 AVX512 inline __mmask16 lanes(size_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
 
-AVX512 void normalize512(const Norm& f, size_t row, const float* x) {
-  const size_t n = f.n;
+AVX512 Moments moments512(const float* x, size_t n, bool centred, float epsilon) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (size_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(n));
+  for (size_t i = 0; i < n && centred; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
+  const float mean = _mm512_reduce_add_ps(sum) / static_cast<float>(n);
   for (size_t i = 0; i < n; i += 16) {
-    const __m512 d = _mm512_maskz_sub_ps(lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), x + i), mean);
+    const __m512 value = _mm512_maskz_loadu_ps(lanes(n - i), x + i);
+    const __m512 d = _mm512_maskz_sub_ps(lanes(n - i), value, _mm512_set1_ps(mean));
     squares = _mm512_fmadd_ps(d, d, squares);
   }
-  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + f.epsilon));
-  for (size_t i = 0; i < n; i += 16) {
-    const __mmask16 in = lanes(n - i);
-    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, x + i), mean), scale);
-    const __m512 y = _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(in, f.gain + i), _mm512_maskz_loadu_ps(in, f.shift + i));
+  return {mean, 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(n) + epsilon)};
+}
+
+// 16 numbers of a row from x on, normalized.
+AVX512 inline __m512 normalized512(const float* x, __mmask16 in, const Moments& m, const float* gain, const float* shift) {
+  const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(in, x), _mm512_set1_ps(m.mean));
+  const __m512 offset = shift ? _mm512_maskz_loadu_ps(in, shift) : _mm512_setzero_ps();
+  return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(m.scale)), _mm512_maskz_loadu_ps(in, gain), offset);
+}
+
+AVX512 void normalize512(const Norm& f, size_t row, const float* x) {
+  const Moments m = moments512(x, f.n, true, f.epsilon);
+  for (size_t i = 0; i < f.n; i += 16) {
+    const __mmask16 in = lanes(f.n - i);
+    const __m512 y = normalized512(x + i, in, m, f.gain + i, f.shift + i);
     const __m128i codes = codes512(y, _mm512_set1_ps(f.inverse), _mm512_set1_epi32(f.zero));
-    _mm_mask_storeu_epi8(f.codes + row * n + i, in, codes);
+    _mm_mask_storeu_epi8(f.codes + row * f.n + i, in, codes);
     const __m512 factor = _mm512_maskz_loadu_ps(in, f.multiply + i), offset = _mm512_maskz_loadu_ps(in, f.add + i);
-    _mm512_mask_storeu_ps(f.out + row * n + i, in, _mm512_fmadd_ps(y, factor, offset));
+    _mm512_mask_storeu_ps(f.out + row * f.n + i, in, _mm512_fmadd_ps(y, factor, offset));
   }
 }
 
@@ -835,31 +849,17 @@ AVX512 void round512(const float* x, size_t n, float* out) {
 }
 
 AVX512 void add_norm512(const Joint& f, size_t row, float* out) {
-  const size_t n = f.n;
-  const float *a = f.a + row * n, *b = f.b ? f.b + row * n : nullptr;
-  const float* sum = b ? f.sum + row * n : a;
-  __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (size_t i = 0; i < n; i += 16) {
-    const __mmask16 in = lanes(n - i);
-    __m512 x = _mm512_maskz_loadu_ps(in, a + i);
-    if (b) {
-      x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(in, b + i));
-      _mm512_mask_storeu_ps(f.sum + row * n + i, in, x);
-    }
-    total = _mm512_add_ps(total, x);
+  const float* a = f.a + row * f.n;
+  const float* sum = f.b ? f.sum + row * f.n : a;
+  for (size_t i = 0; i < f.n && f.b; i += 16) {
+    const __mmask16 in = lanes(f.n - i);
+    const __m512 b = _mm512_maskz_loadu_ps(in, f.b + row * f.n + i);
+    _mm512_mask_storeu_ps(f.sum + row * f.n + i, in, _mm512_add_ps(_mm512_maskz_loadu_ps(in, a + i), b));
   }
-  const __m512 mean = _mm512_set1_ps(f.shift ? _mm512_reduce_add_ps(total) / static_cast<float>(n) : 0.0f);
-  for (size_t i = 0; i < n; i += 16) {
-    const __m512 d = _mm512_maskz_sub_ps(lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), sum + i), mean);
-    squares = _mm512_fmadd_ps(d, d, squares);
-  }
-  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + f.epsilon));
-  for (size_t i = 0; i < n; i += 16) {
-    const __mmask16 in = lanes(n - i);
-    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, sum + i), mean), scale);
-    const __m512 shift = f.shift ? _mm512_maskz_loadu_ps(in, f.shift + i) : _mm512_setzero_ps();
-    _mm512_mask_storeu_ps(out + i, in, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(in, f.gain + i), shift));
+  const Moments m = moments512(sum, f.n, f.shift != nullptr, f.epsilon);
+  for (size_t i = 0; i < f.n; i += 16) {
+    const __mmask16 in = lanes(f.n - i);
+    _mm512_mask_storeu_ps(out + i, in, normalized512(sum + i, in, m, f.gain + i, f.shift ? f.shift + i : nullptr));
   }
 }
 
