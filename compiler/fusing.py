@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -180,17 +181,15 @@ def _compared(folder: Path, stage: Path, model: ir.Model, data: object) -> tuple
     return outputs, f"{len(feeds)} samples of {samples.origin}"
 
 
-def _record(record: dict[str, object], report: FuseReport, kernels: Sequence[verify.LayerKernel]) -> dict[str, object]:
+def _record(record: dict[str, Any], report: FuseReport, kernels: Sequence[verify.LayerKernel]) -> dict[str, Any]:
     """The record of the folder that was fused, with its layers as they are now."""
     content = asdict(report)
     for name in ("output", "load_seconds"):
         del content[name]
+    known = {layer["name"]: layer.get("sqnr_db") for layer in record.get("layers", [])}
     layers = [
-        {"name": entry.name, "shape": entry.shape, "kernel": entry.kernel, "integer": entry.integer, "sqnr_db": None,
-         "activation": entry.activation}
+        {"name": entry.name, "shape": entry.shape, "kernel": entry.kernel, "integer": entry.integer,
+         "sqnr_db": known.get(entry.name), "activation": entry.activation}
         for entry in kernels
     ]  # fmt: skip
-    known = {layer["name"]: layer.get("sqnr_db") for layer in record.get("layers", [])}  # type: ignore[attr-defined]
-    for layer in layers:
-        layer["sqnr_db"] = known.get(layer["name"])
     return {**record, "layers": layers, "bytes": report.bytes, "fused": content}

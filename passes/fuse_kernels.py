@@ -323,8 +323,8 @@ def _float_input(product: ir.Node) -> _FloatInput | None:
     if restore is None or found is None:
         x = quantize.inputs[0]
         return _FloatInput(x, frozenset([quantize]), tuple(quantize.inputs[1:3]), product.outputs[0]) if x else None
-    shift = graph.producer(graph.producer(quantize.inputs[0]).inputs[0])  # type: ignore[union-attr]
-    x = shift.inputs[0] if shift is not None else None
+    least = graph.producer(found[0], "ReduceMin")
+    x = least.inputs[0] if least is not None else None
     if x is None:
         return None
     ranges = [reader for reader in graph.consumers(x) if reader.op_type in ("ReduceMin", "ReduceMax", "Sub")]
