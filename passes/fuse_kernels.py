@@ -62,7 +62,7 @@ class FuseKernels:
         graph.sweep(model)
         made, declined = [], []
         packed: _Packed = {}
-        kept = next((value for value in _values(model) if value.name == output_layer_input(model)), None)
+        kept = _named(model, output_layer_input(model))
         for product in graph.nodes(model, "MatMulIntegerToFloat"):
             if reason := _obstacle(product):
                 declined.append(Event(product, reason))
@@ -75,8 +75,11 @@ class FuseKernels:
         return PassResult(tuple(event for event in rewrites if event.node.graph is not None), tuple(declined))
 
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    return (value for node in model.graph for value in node.outputs)
+def _named(model: ir.Model, name: str | None) -> ir.Value | None:
+    """What some node makes under a name."""
+    if name is None:
+        return None
+    return next((value for node in model.graph for value in node.outputs if value.name == name), None)
 
 
 def _obstacle(product: ir.Node) -> str | None:
