@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -47,6 +48,9 @@ LARGEST_HEAD = 256
 PANEL = 64
 """Columns of a panel of weights."""
 
+BLOCK = 32
+"""Rows of a weight that lie together where its codes are of 4 bits."""
+
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w")
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -63,6 +67,11 @@ def packed_panels(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     filled = np.zeros((k, panels * PANEL), dtype=np.int8)
     filled[:, :n] = codes
     return np.ascontiguousarray(filled.reshape(k // 4, 4, panels, PANEL).transpose(2, 0, 3, 1))
+
+
+def input_channels(panels: Sequence[int]) -> int:
+    """K of a weight [K, N], from the shape of its panels of int8 or of codes."""
+    return panels[1] * (BLOCK if panels[3] == PANEL else 4)
 
 
 def unpacked_panels(panels: npt.NDArray[np.int8], columns: int) -> npt.NDArray[np.int8]:

@@ -15,8 +15,8 @@
 //   GatedSilu          silu(x[..., :N]) x[..., N:]
 //
 // W is stored in panels of 64 columns, [ceil(N/64), K/4, 64, 4] int8, which is how the instruction vpdpbusd reads it: no
-// copy is made when a session opens. There is a path for AVX512-VNNI and a plain one for every other CPU; integer sums
-// are the same numbers in both.
+// copy is made when a session opens. Where a last input has its levels, it is stored as codes of 4 bits instead; see Coded.
+// There is a path for AVX512-VNNI and a plain one for every other CPU; integer sums are the same numbers in both.
 
 #include <algorithm>
 #include <cfloat>
@@ -197,9 +197,26 @@ struct Finish {
   size_t n;
 };
 
+constexpr size_t kBlock = 32;      // rows of a block of codes
+constexpr size_t kVectors = 16;    // vectors of 64 bytes of such a block in a panel
+constexpr size_t kLevels = 16;     // levels that 4 bits tell apart
+
+// A weight as codes of 4 bits, panels [ceil(N/64), K/32, 16, 64] of two codes a byte. Vector 4 q + i of a block has columns
+// 16 q + 4 l + i, l < 4, 16 bytes each; byte r has row r of the block in its lower half and row 16 + r in its upper one.
+// K rows are `groups` of equal size, and a code stands for
+//   (code - 8) levels[panel, group, column]                                              levels [panels, groups, 64]
+//   levels[panel, group, vector, 16 l + code]         its own 16 values for a column,    levels [panels, groups, 16, 64]
+struct Coded {
+  const uint8_t* codes;
+  const int8_t* levels;
+  size_t groups;
+  bool tables;
+};
+
 struct Product {
   const uint8_t* x;
-  const int8_t* weight;
+  const int8_t* weight;  // or null: coded
+  Coded coded;
   size_t m, k;
   Finish finish;
 };
@@ -240,9 +257,39 @@ inline float activate(float x, Activation activation) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Any CPU.
 
-void tile_plain(const Product& p, size_t row, size_t rows, size_t panel) {
+// The 16 values of each column of a panel in one group of rows, in the order of the codes.
+const int8_t* values_of(const Coded& c, size_t panel, size_t group, int8_t* room) {
+  const size_t at = panel * c.groups + group;
+  if (c.tables) return c.levels + at * kVectors * 64;
+  const int8_t* steps = c.levels + at * kWidth;
+  for (size_t v = 0; v < kVectors; ++v)
+    for (size_t l = 0; l < 4; ++l)
+      for (int code = 0; code < static_cast<int>(kLevels); ++code)
+        room[v * 64 + l * kLevels + code] = static_cast<int8_t>((code - 8) * steps[v / 4 * 16 + 4 * l + v % 4]);
+  return room;
+}
+
+// A panel of codes as int8 [K/4, 64, 4].
+void decode_plain(const Product& p, size_t panel, int8_t* out) {
+  const Coded& c = p.coded;
+  const size_t blocks = p.k / kBlock;
+  int8_t room[kVectors * 64];
+  const int8_t* values = nullptr;
+  for (size_t b = 0; b < blocks; ++b) {
+    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room);
+    const uint8_t* codes = c.codes + (panel * blocks + b) * kVectors * 64;
+    for (size_t at = 0; at < kVectors * 64; ++at) {
+      const size_t v = at / 64, l = at % 64 / 16, r = at % 16, column = v / 4 * 16 + 4 * l + v % 4;
+      int8_t* to = out + (b * kBlock + r - r % 4) * kWidth + column * 4 + r % 4;
+      to[0] = values[v * 64 + l * kLevels + (codes[at] & 15)];
+      to[16 * kWidth] = values[v * 64 + l * kLevels + (codes[at] >> 4)];
+    }
+  }
+}
+
+// Rows of a panel whose weight is given as int8 [K/4, 64, 4].
+void tile_plain(const Product& p, size_t row, size_t rows, size_t panel, const int8_t* weight) {
   const Finish& f = p.finish;
-  const int8_t* weight = p.weight + panel * kWidth * p.k;
   const size_t first = panel * kWidth, columns = std::min(kWidth, f.n - first);
   for (size_t i = row; i < row + rows; ++i) {
     int32_t sums[kWidth] = {};
@@ -545,11 +592,13 @@ AVX512 inline void finish512(const Finish& f, size_t i, const int32_t* sums, siz
   }
 }
 
-// ROWS rows of a panel. The instruction is written out because compilers keep copies of the sums in memory otherwise.
+// sum + x w for fours of bytes. The instruction is written out because compilers keep copies of the sums in memory otherwise.
+AVX512 inline void add_fours512(__m512i& sum, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w)); }
+
+// ROWS rows of a panel.
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
 template <size_t ROWS>
-AVX512 void tile512(const Product& p, size_t row, size_t panel) {
-  const int8_t* weight = p.weight + panel * kWidth * p.k;
+AVX512 void tile512(const Product& p, size_t row, size_t panel, const int8_t* weight) {
   const uint8_t* x = p.x + row * p.k;
   alignas(64) int32_t sums[ROWS][kWidth];
 #define START(i) __m512i s##i##0 = _mm512_setzero_si512(), s##i##1 = s##i##0, s##i##2 = s##i##0, s##i##3 = s##i##0;
@@ -557,16 +606,15 @@ AVX512 void tile512(const Product& p, size_t row, size_t panel) {
   for (size_t k = 0; k < p.k; k += 4, weight += 4 * kWidth) {
     const __m512i w0 = _mm512_loadu_si512(weight), w1 = _mm512_loadu_si512(weight + 64);
     const __m512i w2 = _mm512_loadu_si512(weight + 128), w3 = _mm512_loadu_si512(weight + 192);
-#define DOT(sum, w) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(four), "v"(w))
 #define STEP(i)                                    \
   if constexpr (ROWS > i) {                        \
     int32_t bytes;                                 \
     std::memcpy(&bytes, x + i * p.k + k, 4);       \
     const __m512i four = _mm512_set1_epi32(bytes); \
-    DOT(s##i##0, w0);                              \
-    DOT(s##i##1, w1);                              \
-    DOT(s##i##2, w2);                              \
-    DOT(s##i##3, w3);                              \
+    add_fours512(s##i##0, four, w0);               \
+    add_fours512(s##i##1, four, w1);               \
+    add_fours512(s##i##2, four, w2);               \
+    add_fours512(s##i##3, four, w3);               \
   }
     EACH_ROW(STEP)
   }
@@ -579,10 +627,94 @@ AVX512 void tile512(const Product& p, size_t row, size_t panel) {
   }
   EACH_ROW(STORE)
 #undef START
-#undef DOT
 #undef STEP
 #undef STORE
   for (size_t i = 0; i < ROWS; ++i) finish512(p.finish, row + i, sums[i], panel * kWidth);
+}
+
+// The lower or upper codes of a vector, or what they stand for.
+template <bool TABLES>
+AVX512 inline __m512i half512(__m512i codes, bool upper, const int8_t* values) {
+  const __m512i half = _mm512_and_si512(upper ? _mm512_srli_epi16(codes, 4) : codes, _mm512_set1_epi8(15));
+  return TABLES ? _mm512_shuffle_epi8(_mm512_loadu_si512(values), half) : half;
+}
+
+AVX512 void decode512(const Product& p, size_t panel, int8_t* out) {
+  const Coded& c = p.coded;
+  const size_t blocks = p.k / kBlock;
+  const uint8_t* codes = c.codes + panel * blocks * kVectors * 64;
+  int8_t room[kVectors * 64];
+  const int8_t* values = nullptr;
+  for (size_t b = 0; b < blocks; ++b) {
+    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room);
+    for (size_t q = 0; q < 4; ++q, codes += 256) {
+      for (const bool upper : {false, true}) {
+        __m512i v[4];
+        for (size_t i = 0; i < 4; ++i)
+          v[i] = half512<true>(_mm512_loadu_si512(codes + 64 * i), upper, values + (4 * q + i) * 64);
+        const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), e = _mm512_unpacklo_epi32(v[2], v[3]);
+        const __m512i d = _mm512_unpackhi_epi32(v[0], v[1]), f = _mm512_unpackhi_epi32(v[2], v[3]);
+        int8_t* to = out + (b * kBlock + (upper ? 16 : 0)) * kWidth + q * 64;
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a, e));
+        _mm512_storeu_si512(to + 4 * kWidth, _mm512_unpackhi_epi64(a, e));
+        _mm512_storeu_si512(to + 8 * kWidth, _mm512_unpacklo_epi64(d, f));
+        _mm512_storeu_si512(to + 12 * kWidth, _mm512_unpackhi_epi64(d, f));
+      }
+    }
+  }
+}
+
+// The sums of 16 columns in their order, from four vectors that have four parts of each.
+AVX512 inline __m512i across512(const __m512i* s) {
+  const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]), _mm512_unpackhi_epi32(s[0], s[1]));
+  const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+AVX512 inline __m512i sixteen512(const uint8_t* x) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+
+// One row by a panel of codes, which are multiplied as they are read: half the bytes of the same product of int8.
+template <bool TABLES>
+AVX512 void coded_row512(const Product& p, size_t row, size_t panel) {
+  const Coded& c = p.coded;
+  const size_t blocks = p.k / kBlock, each = blocks / c.groups;
+  const uint8_t *codes = c.codes + panel * blocks * kVectors * 64, *x = p.x + row * p.k;
+  const int8_t* levels = c.levels + panel * c.groups * (TABLES ? kVectors * 64 : kWidth);
+  __m512i s[kVectors], totals[4];
+  for (size_t q = 0; q < 4; ++q) totals[q] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+  for (size_t v = 0; v < kVectors; ++v) s[v] = _mm512_setzero_si512();
+  for (size_t g = 0; g < c.groups; ++g, levels += TABLES ? kVectors * 64 : kWidth) {
+    if constexpr (!TABLES) {
+      __m512i eights = _mm512_setzero_si512();
+      for (size_t k = 0; k < each * kBlock; k += 16) add_fours512(eights, sixteen512(x + k), _mm512_set1_epi8(8));
+      const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), eights);
+#pragma GCC unroll 16
+      for (size_t v = 0; v < kVectors; ++v) s[v] = start;
+    }
+    for (size_t b = 0; b < each; ++b, codes += kVectors * 64, x += kBlock) {
+      const __m512i first = sixteen512(x), second = sixteen512(x + 16);
+#pragma GCC unroll 16
+      for (size_t v = 0; v < kVectors; ++v) {
+        const __m512i both = _mm512_loadu_si512(codes + 64 * v);
+        add_fours512(s[v], first, half512<TABLES>(both, false, levels + 64 * v));
+        add_fours512(s[v], second, half512<TABLES>(both, true, levels + 64 * v));
+      }
+    }
+    if constexpr (!TABLES) {
+#pragma GCC unroll 4
+      for (size_t q = 0; q < 4; ++q) {
+        const __m128i steps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + 16 * q));
+        totals[q] = _mm512_add_epi32(totals[q], _mm512_mullo_epi32(across512(s + 4 * q), _mm512_cvtepi8_epi32(steps)));
+      }
+    }
+  }
+  alignas(64) int32_t sums[kWidth];
+#pragma GCC unroll 4
+  for (size_t q = 0; q < 4; ++q) _mm512_store_si512(sums + 16 * q, TABLES ? across512(s + 4 * q) : totals[q]);
+  finish512(p.finish, row, sums, panel * kWidth);
 }
 
 AVX512 inline __mmask16 lanes(size_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
@@ -959,34 +1091,69 @@ void attend(const Head& head) {
 #define encode512 encode_plain
 #endif
 
-void tile(const Product& p, size_t row, size_t rows, size_t panel) {
+void tile(const Product& p, size_t row, size_t rows, size_t panel, const int8_t* weight) {
 #if HAS_AVX512
   if (has_vnni()) {
     switch (rows) {
-      case 1: return tile512<1>(p, row, panel);
-      case 2: return tile512<2>(p, row, panel);
-      case 3: return tile512<3>(p, row, panel);
-      case 4: return tile512<4>(p, row, panel);
-      case 5: return tile512<5>(p, row, panel);
-      default: return tile512<6>(p, row, panel);
+      case 1: return tile512<1>(p, row, panel, weight);
+      case 2: return tile512<2>(p, row, panel, weight);
+      case 3: return tile512<3>(p, row, panel, weight);
+      case 4: return tile512<4>(p, row, panel, weight);
+      case 5: return tile512<5>(p, row, panel, weight);
+      default: return tile512<6>(p, row, panel, weight);
     }
   }
 #endif
-  tile_plain(p, row, rows, panel);
+  tile_plain(p, row, rows, panel, weight);
+}
+
+struct alignas(64) Line {
+  int8_t bytes[64];
+};
+
+// All rows by a panel of codes.
+void multiply_codes(const Product& p, size_t panel) {
+#if HAS_AVX512
+  if (p.m == 1 && has_vnni())
+    return p.coded.tables ? coded_row512<true>(p, 0, panel) : coded_row512<false>(p, 0, panel);
+#endif
+  thread_local std::vector<Line> room;
+  room.resize(p.k);
+  int8_t* weight = room.data()->bytes;
+  CHOOSE(decode512, decode_plain)(p, panel, weight);
+  for (size_t row = 0; row < p.m; row += kTileRows) tile(p, row, std::min(kTileRows, p.m - row), panel, weight);
+}
+
+constexpr size_t kStretch = 8;  // tiles of rows of a task
+
+// The same product with its whole weight as int8, which this thread keeps until its next one.
+Product decoded(const Run& run, const Product& p) {
+  if (p.weight != nullptr) return p;
+  thread_local std::vector<Line> room;
+  const size_t panels = (p.finish.n + kWidth - 1) / kWidth;
+  room.resize(panels * p.k);
+  int8_t* out = room.data()->bytes;
+  run.parallel(panels, kStretches, [&](size_t panel) { CHOOSE(decode512, decode_plain)(p, panel, out + panel * kWidth * p.k); });
+  Product whole = p;
+  whole.weight = out;
+  return whole;
 }
 
 // A task is a stretch of tiles of rows by a few panels: their weights stay in the second cache from tile to tile.
-void multiply(const Run& run, const Product& p) {
-  const size_t panels = (p.finish.n + kWidth - 1) / kWidth, tiles = (p.m + kTileRows - 1) / kTileRows;
-  const size_t group = tiles == 1 ? 1 : std::max<size_t>(1, std::min<size_t>(4, panels / 4));
-  const size_t stretch = 8, stretches = (tiles + stretch - 1) / stretch, groups = (panels + group - 1) / group;
+void multiply(const Run& run, const Product& given) {
+  const size_t panels = (given.finish.n + kWidth - 1) / kWidth, tiles = (given.m + kTileRows - 1) / kTileRows;
   const size_t batches = tiles == 1 ? 4 : kStretches;
+  if (given.weight == nullptr && tiles <= kStretch)
+    return run.parallel(panels, batches, [&](size_t panel) { multiply_codes(given, panel); });
+  const Product p = decoded(run, given);
+  const size_t group = tiles == 1 ? 1 : std::max<size_t>(1, std::min<size_t>(4, panels / 4));
+  const size_t stretches = (tiles + kStretch - 1) / kStretch, groups = (panels + group - 1) / group;
   run.parallel(groups * stretches, batches, [&](size_t task) {
     const size_t first = task / stretches * group, last = std::min(first + group, panels);
-    const size_t top = task % stretches * stretch, bottom = std::min(top + stretch, tiles);
+    const size_t top = task % stretches * kStretch, bottom = std::min(top + kStretch, tiles);
     for (size_t t = top; t < bottom; ++t) {
       const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
-      for (size_t panel = first; panel < last; ++panel) tile(p, row, rows, panel);
+      for (size_t panel = first; panel < last; ++panel) tile(p, row, rows, panel, p.weight + panel * kWidth * p.k);
     }
   });
 }
@@ -1006,18 +1173,32 @@ struct Kernel {
   float epsilon = 0, scale = 0;
 };
 
-// The inputs that the two forms of Linear share: x, weight, sums, scales, x_scale, x_zero, bias.
-ort::Status* read_product(const Run& run, const Kernel& kernel, Product& p, Tensor& x) {
+// A weight [K, N] of int8, or of codes where there are levels; whether it fits.
+bool read_weight(const Tensor& weight, const Tensor& levels, size_t k, size_t n, Product& p) {
+  const size_t panels = (n + kWidth - 1) / kWidth;
+  p.k = k;
+  p.weight = nullptr;
+  if (!levels) {
+    p.weight = weight.as<int8_t>();
+    return k % 4 == 0 && weight.size() == panels * kWidth * k;
+  }
+  const bool tables = levels.shape.size() == 4;
+  const size_t each = panels * kWidth * (tables ? kLevels : 1);
+  p.coded = {weight.as<uint8_t>(), levels.as<int8_t>(), each ? levels.size() / each : 0, tables};
+  return k % kBlock == 0 && weight.size() == panels * kWidth * k / 2 && p.coded.groups > 0 &&
+         levels.size() == p.coded.groups * each && k / kBlock % p.coded.groups == 0;
+}
+
+// The inputs that the forms of Linear share: x, weight, sums, scales, x_scale, x_zero, bias; and the place of the levels.
+ort::Status* read_product(const Run& run, const Kernel& kernel, size_t levels, Product& p, Tensor& x) {
   x = run.input(0);
   const Tensor weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(6);
   const size_t n = static_cast<size_t>(kernel.n), k = x.last();
-  if (k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * k || sums.size() != n || scales.size() != n ||
-      bias.size() != n || !is_single(run.input(4)) || !is_single(run.input(5)))
+  if (!read_weight(weight, run.input(levels), k, n, p) || sums.size() != n || scales.size() != n || bias.size() != n ||
+      !is_single(run.input(4)) || !is_single(run.input(5)))
     return run.fault("the weight, scales, sums or bias of a scalefold::Linear do not fit its input and N");
   p.x = x.as<uint8_t>();
-  p.weight = weight.as<int8_t>();
   p.m = x.rows();
-  p.k = k;
   p.finish = Finish{};
   p.finish.sums = sums.as<int32_t>();
   p.finish.scales = scales.as<float>();
@@ -1035,9 +1216,9 @@ std::vector<int64_t> with_last(std::vector<int64_t> shape, int64_t last) {
 }
 
 ort::Status* linear(const Kernel& kernel, const Run& run) {
-  Product p;
+  Product p{};
   Tensor x;
-  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (ort::Status* status = read_product(run, kernel, 8, p, x)) return status;
   const Tensor residual = run.input(7);
   if (residual && residual.size() != p.m * p.finish.n) return run.fault("the residual of a scalefold::Linear does not fit");
   p.finish.residual = residual.as<float>();
@@ -1047,9 +1228,9 @@ ort::Status* linear(const Kernel& kernel, const Run& run) {
 }
 
 ort::Status* linear_uint8(const Kernel& kernel, const Run& run) {
-  Product p;
+  Product p{};
   Tensor x;
-  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (ort::Status* status = read_product(run, kernel, 9, p, x)) return status;
   if (!is_single(run.input(7)) || !is_single(run.input(8))) return run.fault("a scalefold::LinearUint8 has no single step");
   p.finish.inverse = 1.0f / scalar(run.input(7));
   p.finish.zero = *run.input(8).as<uint8_t>();
@@ -1059,9 +1240,9 @@ ort::Status* linear_uint8(const Kernel& kernel, const Run& run) {
 }
 
 ort::Status* linear_bfloat16(const Kernel& kernel, const Run& run) {
-  Product p;
+  Product p{};
   Tensor x;
-  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (ort::Status* status = read_product(run, kernel, 7, p, x)) return status;
   p.finish.out_bfloat = run.output(0, with_last(x.shape, kernel.n)).as<uint16_t>();
   multiply(run, p);
   return nullptr;
@@ -1097,10 +1278,10 @@ ort::Status* read_norm(const Run& run, const Kernel& kernel, size_t first, const
 }
 
 ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
-  Product p;
+  Product p{};
   Tensor x;
   Norm norm{};
-  if (ort::Status* status = read_product(run, kernel, p, x)) return status;
+  if (ort::Status* status = read_product(run, kernel, 14, p, x)) return status;
   const Tensor residual = run.input(7);
   const size_t n = p.finish.n;
   if (residual.size() != p.m * n) return run.fault("the residual of a scalefold::LinearNormUint8 does not fit");
@@ -1115,6 +1296,7 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
     for (size_t i = 0; i < p.m; ++i) normalize(norm, i, scratch.data() + i * n);
     return nullptr;
   }
+  p = decoded(run, p);
   const size_t stretch = std::min<size_t>(4, (tiles + 3) / 4);  // rows whose sums the second cache holds
   run.parallel((tiles + stretch - 1) / stretch, kStretches, [&](size_t task) {
     const size_t top = task * stretch, bottom = std::min(top + stretch, tiles);
@@ -1126,7 +1308,7 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
     for (size_t panel = 0; panel < panels; ++panel) {
       for (size_t t = top; t < bottom; ++t) {
         const size_t row = t * p.m / tiles;
-        tile(mine, row, (t + 1) * p.m / tiles - row, panel);
+        tile(mine, row, (t + 1) * p.m / tiles - row, panel, p.weight + panel * kWidth * p.k);
       }
     }
     for (size_t i = first; i < last; ++i) normalize(norm, i, scratch.data() + (i - first) * n);
@@ -1395,17 +1577,16 @@ ort::Status* gated_silu(const Kernel&, const Run& run) {
   return nullptr;
 }
 
-// Inputs: x, weight, sums, scales, bias, x_scale, x_zero, gain, shift, residual; all from x_scale on may be missing.
+// Inputs: x, weight, sums, scales, bias, x_scale, x_zero, gain, shift, residual, levels; all from x_scale on may be missing.
 ort::Status* row_linear(const Kernel& kernel, const Run& run) {
   const Tensor x = run.input(0), weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(4);
   const Tensor x_scale = run.input(5), x_zero = run.input(6), gain = run.input(7), shift = run.input(8), residual = run.input(9);
   Product p{};
   const size_t n = static_cast<size_t>(kernel.n), wide = x.last();
   p.m = x.rows();
-  p.k = kernel.gated ? wide / 2 : wide;
-  if (x.shape.empty() || (kernel.gated && wide % 2) || (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) ||
-      p.k % 4 || weight.size() != (n + kWidth - 1) / kWidth * kWidth * p.k || sums.size() != n || scales.size() != n ||
-      bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
+  const bool fits = read_weight(weight, run.input(10), kernel.gated ? wide / 2 : wide, n, p);
+  if (!fits || x.shape.empty() || (kernel.gated && wide % 2) || (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) ||
+      sums.size() != n || scales.size() != n || bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
       (residual && residual.size() != p.m * n))
     return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
   thread_local std::vector<uint8_t> codes;
@@ -1442,7 +1623,6 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
     CHOOSE(encode512, encode_plain)(how, from, p.k, all_codes + row * p.k, steps[row], lows[row]);
   });
   p.x = all_codes;
-  p.weight = weight.as<int8_t>();
   p.finish.sums = sums.as<int32_t>();
   p.finish.scales = scales.as<float>();
   p.finish.bias = bias.as<float>();
@@ -1557,15 +1737,16 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   using namespace ort;
   Table api = base->get_api(kVersion);
   static const Operator operators[] = {
-      make("Linear", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat}, {kFloat}, 7, linear),
-      make("LinearUint8", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kUint8}, {kUint8}, 9, linear_uint8),
-      make("LinearBfloat16", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat}, {kBfloat16}, 7, linear_bfloat16),
+      make("Linear", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kInt8}, {kFloat}, 7, linear),
+      make("LinearUint8", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kUint8, kInt8}, {kUint8}, 9, linear_uint8),
+      make("LinearBfloat16", {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kInt8}, {kBfloat16}, 7, linear_bfloat16),
       make("LinearNormUint8",
-           {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8},
+           {kUint8, kInt8, kInt32, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8,
+            kInt8},
            {kFloat, kUint8}, 14, linear_norm_uint8),
       make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
-      make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat}, {kFloat}, 5, row_linear),
+      make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kInt8}, {kFloat}, 5, row_linear),
       make("LookUp", {kInt8, kFloat, kInt64}, {kFloat}, 3, look_up),
       make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4, cached_attention),
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),

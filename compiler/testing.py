@@ -180,3 +180,27 @@ def _attributes(node: ir.Node) -> dict[str, str]:
 def _line(node: ir.Node) -> str:
     inputs = ", ".join("-" if value is None else value.name or "?" for value in node.inputs)
     return f"{', '.join(out.name or '?' for out in node.outputs)} = {node.op_type}({inputs}) {_attributes(node)}"
+
+
+def coded_weight(kind: str, inputs: int, outputs: int) -> Array:
+    """A weight int8 [inputs, outputs] of random codes of 4 bits, for the ways in which the kernel library stores such.
+
+    Args:
+        kind: "steps" or "values" of a column; with "grouped " before it, of every 64 rows of a column.
+        inputs: a multiple of 64.
+        outputs: columns.
+    """
+    generator = np.random.default_rng(outputs)
+    groups = inputs // 64 if kind.startswith("grouped ") else 1
+    shape = groups, inputs // groups, outputs
+    if kind.endswith("steps"):
+        steps = generator.choice([1, 3, 7, 11, 16], (groups, 1, outputs))
+        weight = generator.integers(-8, 8, shape) * steps
+        weight[:, :2] = np.array([-8, 7])[:, None] * steps
+    else:
+        values = generator.permuted(np.arange(-128, 128)[:, None] * np.ones((1, groups * outputs), int), axis=0)[:16]
+        codes = generator.integers(0, 16, shape)
+        codes[:, :16] = np.arange(16)[:, None]
+        weight = values.reshape(16, groups, outputs)[codes, np.arange(groups)[:, None, None], np.arange(outputs)]
+    found: Array = weight.reshape(inputs, outputs).astype(np.int8)
+    return found

@@ -26,7 +26,7 @@ from scalefold.compiler.facts import (
     weight_dequantizer,
 )
 from scalefold.compiler.intake import read_onnx
-from scalefold.compiler.kernel_library import DOMAIN, PRODUCTS
+from scalefold.compiler.kernel_library import DOMAIN, PRODUCTS, input_channels
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, give_back_memory, optimized_graph
@@ -234,7 +234,7 @@ def _shape_of(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
     if node.op_type == "MatMulNBits":
         return int(str(graph.attribute(node, "K"))), int(str(graph.attribute(node, "N")))
     if node.domain == DOMAIN:
-        return 4 * graph.whole_shape(weight)[1], int(str(graph.attribute(node, "N")))
+        return input_channels(graph.whole_shape(weight)), int(str(graph.attribute(node, "N")))
     array = weight_array(weight)
     return graph.whole_shape(weight) if array is None else array.shape
 

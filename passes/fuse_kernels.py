@@ -11,14 +11,29 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph, layer_names
+from scalefold.compiler.coded_panels import coded_panels
 from scalefold.compiler.facts import Fact, restored_rows, row_range, weight_array
 from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, packed_panels
 from scalefold.compiler.last_logits import output_layer_input
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 Vector = npt.NDArray[np.float32]
-_Packed = dict[ir.Value, tuple[ir.Value, ir.Value]]
-"""Panels and column sums by the weight they are of: layers that share one share them."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight as the library reads it: panels and column sums, and what codes in the panels stand for, if they are such."""
+
+    panels: ir.Value
+    sums: ir.Value
+    levels: ir.Value | None
+
+
+_Packed = dict[ir.Value, _Weight]
+"""By the weight that it is made of: layers that share one share it."""
+
+LEVELS = {"Linear": 8, "LinearUint8": 9, "LinearBfloat16": 7, "LinearNormUint8": 14, "RowLinear": 10}
+"""Which input of an operator has the levels of its weight."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,9 @@ class FuseKernels:
 
     before:  f = RMSNormalization(x, gain), or GatedSilu(x), and nothing else reads f
     after:   RowLinear of x, which does that first
+
+    where 16 numbers a column, or a step times 4 bits, is all that a weight has:
+    after:   Linear(q, codes of W, sums of W, t, s, z, b, r, levels)               and so for every product above
 
     q is uint8 [..., K] with one scale, W int8 [K, N]; m and a are [N] and restore what was migrated, 1 and 0 where nothing
     was. Steps on floats happen while a product's sums are in registers, so what they read and write does not go through
@@ -377,8 +395,9 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
     to_attention = follower is not None and follower.op_type == "AttentionUint8"
     if source is not None and not ends_in_codes and not to_attention:
-        return _row_linear(product, source, [*packed[weight], scales, biases], attributes, words, out, kept)
-    inputs = [product.inputs[0], *packed[weight], scales, product.inputs[2], product.inputs[4], biases]
+        return _row_linear(product, source, packed[weight], [scales, biases], attributes, words, out, kept)
+    stored = packed[weight]
+    inputs = [product.inputs[0], stored.panels, stored.sums, scales, product.inputs[2], product.inputs[4], biases]
     operator, residual = "Linear", _residual(out)
     if follower is not None and ends_in_codes:
         operator, out = "LinearUint8", follower.outputs[0]
@@ -391,25 +410,31 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
         words.append("residual added")
         norm = graph.only_consumer(out, "LayerNormUint8")
         if norm is not None:
-            return Event(_with_norm(product, inputs, attributes, norm), ", ".join(["LinearNormUint8", *words]))
-    fused = _in_place(operator, product, inputs, attributes, out)
+            return Event(
+                _with_norm(product, inputs, stored.levels, attributes, norm), ", ".join(["LinearNormUint8", *words])
+            )
+    fused = _in_place(operator, product, inputs, stored.levels, attributes, out)
     if operator == "LinearBfloat16":
         fused.outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
     return Event(fused, ", ".join([operator, *words]))
 
 
-def _pack(model: ir.Model, name: str, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _pack(model: ir.Model, name: str, weight: ir.Value) -> _Weight:
     """Panels and column sums of a weight; where it is looked up as a table too, that is done in the panels."""
-    codes = np.asarray(weight_array(weight), dtype=np.int8)
-    panels = graph.add_initializer(model, f"{name}.weight_panels", packed_panels(codes))
-    for place in _look_ups(weight) or ():
+    codes, places = np.asarray(weight_array(weight), dtype=np.int8), _look_ups(weight) or ()
+    coded = None if places else coded_panels(codes)
+    array = packed_panels(codes) if coded is None else coded.codes
+    panels = graph.add_initializer(model, f"{name}.weight_panels", array)
+    for place in places:
         scales = graph.add_initializer(model, f"{name}.row_scales", place.scales)
         rows = ir.node("LookUp", [panels, scales, place.ids], domain=DOMAIN, name=f"{name}.look_up")
         made = place.rows.producer()
         assert made is not None
         graph.insert_after(made, [rows])
         graph.stand_in(place.rows, rows.outputs[0])
-    return panels, graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32))
+    sums = graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32))
+    levels = None if coded is None else graph.add_initializer(model, f"{name}.weight_levels", coded.levels)
+    return _Weight(panels, sums, levels)
 
 
 def _residual(out: ir.Value) -> ir.Value | None:
@@ -422,7 +447,8 @@ def _residual(out: ir.Value) -> ir.Value | None:
 def _row_linear(
     product: ir.Node,
     source: _FloatInput,
-    constants: Sequence[ir.Value],
+    weight: _Weight,
+    columns: Sequence[ir.Value],
     attributes: dict[str, int | float],
     words: list[str],
     out: ir.Value,
@@ -439,18 +465,21 @@ def _row_linear(
     if residual is not None:
         out = graph.consumers(out)[0].outputs[0]
         words.append("residual added")
-    inputs = [x, *constants, *source.parameters, gain, None, residual]
-    while inputs[-1] is None:
-        inputs.pop()
-    fused = _in_place("RowLinear", product, inputs, {**attributes, **more}, out)
+    inputs = [x, weight.panels, weight.sums, *columns, *source.parameters, gain, None, residual]
+    fused = _in_place("RowLinear", product, inputs, weight.levels, {**attributes, **more}, out)
     return Event(fused, ", ".join(["RowLinear", *words]))
 
 
 def _in_place(
-    kind: str, product: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int | float], out: ir.Value
+    kind: str,
+    product: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    levels: ir.Value | None,
+    attributes: Mapping[str, int | float],
+    out: ir.Value,
 ) -> ir.Node:
     """The operator whose output stands for `out`, where that was made."""
-    fused, last = _operator(kind, product, inputs, attributes), out.producer()
+    fused, last = _operator(kind, product, inputs, levels, attributes), out.producer()
     assert last is not None
     graph.insert_after(last, [fused])
     graph.stand_in(out, fused.outputs[0])
@@ -458,11 +487,15 @@ def _in_place(
 
 
 def _with_norm(
-    product: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int | float], norm: ir.Node
+    product: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    levels: ir.Value | None,
+    attributes: Mapping[str, int | float],
+    norm: ir.Node,
 ) -> ir.Node:
     """One operator of a product, the residual and the normalization behind them."""
     more = {**attributes, "epsilon": _epsilon(norm)}
-    fused = _operator("LinearNormUint8", product, [*inputs, *norm.inputs[1:]], more, 2)
+    fused = _operator("LinearNormUint8", product, [*inputs, *norm.inputs[1:]], levels, more, 2)
     graph.insert_after(norm, [fused])
     for old, new in zip(norm.outputs, fused.outputs, strict=True):
         graph.stand_in(old, new)
@@ -473,10 +506,14 @@ def _operator(
     kind: str,
     product: ir.Node,
     inputs: Sequence[ir.Value | None],
+    levels: ir.Value | None,
     attributes: Mapping[str, int | float],
     outputs: int = 1,
 ) -> ir.Node:
-    fused = ir.node(kind, inputs, dict(attributes), domain=DOMAIN, name=product.name, num_outputs=outputs)
+    given = [*inputs, *[None] * (LEVELS[kind] - len(inputs)), levels]
+    while given[-1] is None:
+        given.pop()
+    fused = ir.node(kind, given, dict(attributes), domain=DOMAIN, name=product.name, num_outputs=outputs)
     fused.metadata_props.update(product.metadata_props)
     return fused
 

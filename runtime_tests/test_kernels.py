@@ -14,7 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from scalefold.compiler import kernel_library
+from scalefold.compiler.coded_panels import coded_panels
 from scalefold.compiler.kernel_library import ACTIVATIONS, packed_panels, unpacked_panels
+from scalefold.compiler.testing import coded_weight
 
 Array = np.ndarray[Any, Any]
 Attributes = Mapping[str, int | float]
@@ -31,8 +33,8 @@ TYPES = {
     "f": TensorProto.FLOAT, "u": TensorProto.UINT8, "i": TensorProto.INT8, "s": TensorProto.INT32, "l": TensorProto.INT64,
 }  # fmt: skip
 GIVEN = {
-    "Linear": "uisffuff", "LinearUint8": "uisffuffu", "LinearBfloat16": "uisffuf", "LinearNormUint8": "uisffufffffffu",
-    "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufff", "LookUp": "ifl",
+    "Linear": "uisffuffi", "LinearUint8": "uisffuffui", "LinearBfloat16": "uisffufi", "LinearNormUint8": "uisffufffffffui",
+    "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufffi", "LookUp": "ifl",
     "CachedAttention": "ffffff", "AddNorm": "ffff", "GatedSilu": "f",
 }  # fmt: skip
 """The inputs of each operator, by type; bfloat16 is given as float."""
@@ -194,6 +196,32 @@ def test_a_product_of_codes(kernels: Path, activation: str) -> None:
         assert_codes(codes, wanted, step, point)
         (narrow,) = run(kernels, "LinearBfloat16", product.inputs, **more)
         assert np.all(np.abs(narrow - wanted) <= BFLOAT * np.abs(wanted) + 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 48, 49, 100])
+@pytest.mark.parametrize("kind", ["steps", "grouped steps", "values", "grouped values"])
+def test_codes_give_the_same_as_the_weight_they_stand_for(kernels: Path, kind: str, rows: int) -> None:
+    for n in (40, 64, 200):
+        product, residual, point = Product((rows,), 192, n), floats(3, rows, n), zero(120)
+        product.weight = coded_weight(kind, 192, n)
+        product.x[0] = 255
+        norm = [floats(4, n), floats(5, n), floats(6, n), floats(7, n), one(0.02), point]
+        read = floats(8, rows, 192)
+        for operator, given, rest, place in (
+            ("Linear", product.inputs, [residual], 8),
+            ("LinearUint8", product.inputs, [one(0.1), point], 9),
+            ("LinearBfloat16", product.inputs, [], 7),
+            ("LinearNormUint8", product.inputs, [residual, *norm], 14),
+            ("RowLinear", [read, *product.constants, product.bias], [], 10),
+        ):
+            inputs = [*given, *rest, *[None] * (place - len(given) - len(rest))]
+            wanted = run(kernels, operator, inputs[: len(given) + len(rest)], N=n)
+            stored = coded_panels(product.weight)
+            assert stored is not None
+            inputs[1] = stored.codes
+            got = run(kernels, operator, [*inputs, stored.levels], N=n)
+            for a, b in zip(got, wanted, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=operator)
 
 
 @pytest.mark.parametrize("rows", [(1,), (7,), (12,), (18,), (19,), (2, 40), (100,), (333,)])
@@ -505,6 +533,14 @@ def misfits() -> list[Any]:
     mask, heads = np.zeros((1, 1, 3, 8), np.float32), {"heads": 2, "groups": 2}
     angles = floats(5, 1, 3, 8)
     none = np.zeros(0, np.float32)
+    wide = Product((3,), 96, 70)
+    wide.weight = coded_weight("grouped steps", 96, 70)
+    stored = coded_panels(wide.weight)
+    assert stored is not None
+
+    def with_levels(panels: Array, levels: Array | None) -> list[Array | None]:
+        return [wide.x, panels, *wide.inputs[2:], None, *([levels] if levels is not None else [])]
+
     found = {
         "short weight": ("Linear", [x, panels[:, :3], *product.inputs[2:]], {"N": 20}),
         "odd width": ("Linear", [x[:, :15], *product.inputs[1:]], {"N": 20}),
@@ -544,6 +580,16 @@ def misfits() -> list[Any]:
         ),
         "two sizes": ("AddNorm", [rows, rows[1:], floats(1, 16)], {}),
         "gain": ("AddNorm", [rows, rows, floats(1, 15)], {}),
+        "levels of too few panels": ("Linear", with_levels(stored.codes, stored.levels[:1]), {"N": 70}),
+        "groups that do not divide": (
+            "Linear",
+            with_levels(stored.codes, np.repeat(stored.levels, 4, axis=1)),
+            {"N": 70},
+        ),
+        "no levels": ("Linear", with_levels(stored.codes, stored.levels[:0]), {"N": 70}),
+        "codes of too few rows": ("Linear", with_levels(stored.codes[:, :2], stored.levels), {"N": 70}),
+        "codes without levels": ("Linear", with_levels(stored.codes, None), {"N": 70}),
+        "a weight with levels": ("Linear", with_levels(packed_panels(wide.weight), stored.levels), {"N": 70}),
         "three halves": ("GatedSilu", [rows[:, :15]], {}),
         "row product": ("RowLinear", [rows[:, :12], *product.constants, bias], {"N": 20}),
         "gated of an odd width": ("RowLinear", [floats(1, 3, 33), *product.constants, bias], {"N": 20, "gated": 1}),
