@@ -257,15 +257,20 @@ inline float activate(float x, Activation activation) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Any CPU.
 
-// The 16 values of each column of a panel in one group of rows, in the order of the codes.
-const int8_t* values_of(const Coded& c, size_t panel, size_t group, int8_t* room) {
-  const size_t at = panel * c.groups + group;
-  if (c.tables) return c.levels + at * kVectors * 64;
-  const int8_t* steps = c.levels + at * kWidth;
+// The 16 values of each column of a panel, in the order of the codes, from its steps.
+void stepped_plain(const int8_t* steps, int8_t* values) {
   for (size_t v = 0; v < kVectors; ++v)
     for (size_t l = 0; l < 4; ++l)
       for (int code = 0; code < static_cast<int>(kLevels); ++code)
-        room[v * 64 + l * kLevels + code] = static_cast<int8_t>((code - 8) * steps[v / 4 * 16 + 4 * l + v % 4]);
+        values[v * 64 + l * kLevels + code] = static_cast<int8_t>((code - 8) * steps[v / 4 * 16 + 4 * l + v % 4]);
+}
+
+// The values of a panel in one group of rows, which `room` is for where they are not stored.
+template <typename Stepped>
+const int8_t* values_of(const Coded& c, size_t panel, size_t group, int8_t* room, const Stepped& stepped) {
+  const size_t at = panel * c.groups + group;
+  if (c.tables) return c.levels + at * kVectors * 64;
+  stepped(c.levels + at * kWidth, room);
   return room;
 }
 
@@ -276,7 +281,7 @@ void decode_plain(const Product& p, size_t panel, int8_t* out) {
   int8_t room[kVectors * 64];
   const int8_t* values = nullptr;
   for (size_t b = 0; b < blocks; ++b) {
-    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room);
+    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room, stepped_plain);
     const uint8_t* codes = c.codes + (panel * blocks + b) * kVectors * 64;
     for (size_t at = 0; at < kVectors * 64; ++at) {
       const size_t v = at / 64, l = at % 64 / 16, r = at % 16, column = v / 4 * 16 + 4 * l + v % 4;
@@ -639,6 +644,21 @@ AVX512 inline __m512i half512(__m512i codes, bool upper, const int8_t* values) {
   return TABLES ? _mm512_shuffle_epi8(_mm512_loadu_si512(values), half) : half;
 }
 
+AVX512 void stepped512(const int8_t* steps, int8_t* values) {
+  alignas(64) static constexpr int16_t kRamp[32] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7,
+                                                    -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  const __m512i lanes = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);  // 0 and 1, in steps of 4
+  for (size_t v = 0; v < kVectors; ++v) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(steps + v / 4 * 16));
+    const __m512i each = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(bytes));
+    for (size_t half = 0; half < 2; ++half) {
+      const __m512i chosen = _mm512_add_epi16(lanes, _mm512_set1_epi16(static_cast<int16_t>(v % 4 + 8 * half)));
+      const __m512i products = _mm512_mullo_epi16(_mm512_permutexvar_epi16(chosen, each), _mm512_load_si512(kRamp));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + v * 64 + 32 * half), _mm512_cvtepi16_epi8(products));
+    }
+  }
+}
+
 AVX512 void decode512(const Product& p, size_t panel, int8_t* out) {
   const Coded& c = p.coded;
   const size_t blocks = p.k / kBlock;
@@ -646,7 +666,7 @@ AVX512 void decode512(const Product& p, size_t panel, int8_t* out) {
   int8_t room[kVectors * 64];
   const int8_t* values = nullptr;
   for (size_t b = 0; b < blocks; ++b) {
-    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room);
+    if (b % (blocks / c.groups) == 0) values = values_of(c, panel, b / (blocks / c.groups), room, stepped512);
     for (size_t q = 0; q < 4; ++q, codes += 256) {
       for (const bool upper : {false, true}) {
         __m512i v[4];
@@ -1121,7 +1141,11 @@ void multiply_codes(const Product& p, size_t panel) {
   room.resize(p.k);
   int8_t* weight = room.data()->bytes;
   CHOOSE(decode512, decode_plain)(p, panel, weight);
-  for (size_t row = 0; row < p.m; row += kTileRows) tile(p, row, std::min(kTileRows, p.m - row), panel, weight);
+  const size_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  for (size_t t = 0; t < tiles; ++t) {
+    const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
+    tile(p, row, rows, panel, weight);
+  }
 }
 
 constexpr size_t kStretch = 8;  // tiles of rows of a task
