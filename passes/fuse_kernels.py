@@ -381,7 +381,8 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
         packed[weight] = _pack(model, name, weight)
     scales = graph.add_initializer(model, f"{name}.column_scales", _scales(product))
     attributes: dict[str, int | float] = {"N": _width(product)}
-    source, bias, words = _float_input(product), _bias(product), []
+    source, bias, stored = _float_input(product), _bias(product), packed[weight]
+    words = [] if stored.levels is None else ["codes of 4 bits"]
     out = product.outputs[0] if source is None else source.end
     if source is not None and (add := graph.only_consumer(out, "Add")) is not None:
         offset = _vector(graph.other_input(add, out), attributes["N"])
@@ -395,8 +396,7 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
     to_attention = follower is not None and follower.op_type == "AttentionUint8"
     if source is not None and not ends_in_codes and not to_attention:
-        return _row_linear(product, source, packed[weight], [scales, biases], attributes, words, out, kept)
-    stored = packed[weight]
+        return _row_linear(product, source, stored, [scales, biases], attributes, words, out, kept)
     inputs = [product.inputs[0], stored.panels, stored.sums, scales, product.inputs[2], product.inputs[4], biases]
     operator, residual = "Linear", _residual(out)
     if follower is not None and ends_in_codes:

@@ -9,9 +9,10 @@ import onnx_ir as ir
 import pytest
 
 from scalefold.compiler import graph
+from scalefold.compiler.coded_panels import coded_panels
 from scalefold.compiler.kernel_library import packed_panels
 from scalefold.compiler.runtime import Array, Feed
-from scalefold.compiler.testing import check_pass, parse
+from scalefold.compiler.testing import check_pass, coded_weight, parse
 from scalefold.passes.fuse_kernels import FuseKernels
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
@@ -135,6 +136,35 @@ def test_codes_right_behind_a_product() -> None:
         after=text(f"c = scalefold.LinearUint8<N = 16>(q, {BODY}, u, o)  y = DequantizeLinear(c, u, o)"),
         feeds=feeds(),
     )
+
+
+@pytest.mark.parametrize("kind", ["steps", "grouped steps", "values", "grouped values"])
+def test_a_weight_that_4_bits_are_enough_for_is_stored_in_codes(kind: str) -> None:
+    weight = coded_weight(kind, 128, N)
+    stored = coded_panels(weight)
+    assert stored is not None
+    CONSTANTS.update(C=weight, CC=stored.codes, CL=stored.levels, CS=weight.sum(0, dtype=np.int32))
+    codes = np.random.default_rng(5).integers(0, 256, (2, 3, 128)).astype(np.uint8)
+    rows = codes.astype(np.float32) / 50 - 2
+    feed: dict[str, Array] = {"q": codes, "f": rows, **feeds("r")[0]}
+    product, q, f = P.replace("W", "C"), "uint8[b, s, 128] q", "float[b, s, 128] f"
+    for before, after, inputs in (
+        (product + "y = Add(p, r)", "y = scalefold.Linear<N = 16>(q, CC, CS, t, s, z, b, r, CL)", f"{q}, {R}"),
+        (product + "y = Relu(p)", "y = scalefold.Linear<N = 16, activation = 1>(q, CC, CS, t, s, z, b, , CL)", q),
+        (
+            product + "c = QuantizeLinear(p, u, o)  y = DequantizeLinear(c, u, o)",
+            "c = scalefold.LinearUint8<N = 16>(q, CC, CS, t, s, z, b, u, o, CL)  y = DequantizeLinear(c, u, o)",
+            q,
+        ),
+        (
+            QUANTIZED + product.replace("p =", "y ="),
+            "y = scalefold.RowLinear<N = 16>(f, CC, CS, t, b, s, z, , , , CL)",
+            f,
+        ),
+    ):
+        given = {name: feed[name] for name in ("q", "f", "r") if f" {name}" in inputs}
+        result = check_pass(FuseKernels(), before=text(before, inputs), after=text(after, inputs), feeds=[given])
+        assert ["codes of 4 bits" in event.reason for event in result.rewrites] == [True]
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,7 @@ CTRANSLATE2 = tuple(
     Contender(f"ctranslate2-{kind}", "CTranslate2", kind, _ctranslate2(kind), "ctranslate2")
     for kind in ("float32", "int8")
 )
+FEW_BITS = ("w4a8", "w4a8-kmeans", "w4a8-bcq", "w3a8-kmeans", "w3a8-bcq")
 CONTENDERS = (
     FLOAT,
     Contender("dynamic", "quantize_dynamic", "QInt8, per_channel", _dynamic(per_channel=True)),
@@ -475,7 +476,17 @@ CONTENDERS = (
     Contender("scalefold-w6a6", "scalefold", "w6a6", _scalefold("--recipe", "w6a6"), timed=False),
     *(
         Contender(f"scalefold-{recipe}", "scalefold", recipe, _scalefold("--recipe", recipe), timed=False)
-        for recipe in ("w4a8", "w4a8-kmeans", "w4a8-bcq", "w3a8-kmeans")
+        for recipe in FEW_BITS
+    ),
+    *(
+        Contender(
+            f"scalefold-{recipe}-fused",
+            "scalefold",
+            f"{recipe}, fused: own kernels",
+            _fused(f"scalefold-{recipe}"),
+            timed=False,
+        )
+        for recipe in FEW_BITS
     ),
 )
 DECODERS = (
@@ -516,7 +527,7 @@ DECODERS = (
         )
         for profile in ("throughput", "decode", "balanced")
     ),
-    Contender("w4a8-decode-fused", "scalefold", "w4a8, profile decode, fused: own kernels", _fused("w4a8-decode")),
+    Contender("w4a8-fused", "scalefold", "w4a8, fused: own kernels", _fused("w4a8-throughput")),
 )
 BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *DECODERS)}
 
