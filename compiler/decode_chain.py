@@ -343,8 +343,10 @@ def pack(codes: npt.NDArray[np.uint8], width: int, *, axis: int) -> npt.NDArray[
     return np.ascontiguousarray(packed if axis else packed.transpose(1, 2, 0), dtype=np.uint8)
 
 
-def evaluate(value: ir.Value | None) -> Array | None:
-    """The array of a constant, or of what a chain makes of constants; None for anything else."""
+def evaluate(value: ir.Value | None, given: Mapping[ir.Value, Array] | None = None) -> Array | None:
+    """The array of a constant, or of what a chain makes of constants and of `given` values; None for anything else."""
+    if value is not None and given is not None and value in given:
+        return given[value]
     if value is None or value.is_graph_input():
         return None
     found = graph.constant(value)
@@ -353,7 +355,7 @@ def evaluate(value: ir.Value | None) -> Array | None:
         return found
     inputs = []
     for entry in node.inputs:
-        array = evaluate(entry)
+        array = evaluate(entry, given)
         if array is None:
             return None
         inputs.append(array)

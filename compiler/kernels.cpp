@@ -487,6 +487,26 @@ void look_up_plain(const int8_t* panels, size_t k, size_t row, float scale, floa
     for (size_t j = 0; j < 4; ++j) out[i + j] = static_cast<float>(from[i * kWidth + j]) * scale;
 }
 
+// The same of a table in codes.
+void look_up_coded(const Coded& c, size_t k, size_t row, float scale, float* out) {
+  const size_t panel = row / kWidth, column = row % kWidth, blocks = k / kBlock;
+  const size_t v = column / 16 * 4 + column % 4, l = column % 16 / 4;
+  float values[kLevels];
+  for (size_t b = 0; b < blocks; ++b, out += kBlock) {
+    const size_t at = panel * c.groups + b / (blocks / c.groups);
+    for (size_t code = 0; code < kLevels; ++code) {
+      const int level = c.tables ? c.levels[(at * kVectors + v) * 64 + l * kLevels + code]
+                                 : (static_cast<int>(code) - 8) * c.levels[at * kWidth + column];
+      values[code] = static_cast<float>(level) * scale;
+    }
+    const uint8_t* codes = c.codes + ((panel * blocks + b) * kVectors + v) * 64 + l * 16;
+    for (size_t r = 0; r < 16; ++r) {
+      out[r] = values[codes[r] & 15];
+      out[16 + r] = values[codes[r] >> 4];
+    }
+  }
+}
+
 void gate_plain(const float* x, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) out[i] = activate(x[i], Activation::kSilu) * x[n + i];
 }
@@ -1659,12 +1679,12 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
 }
 
 ort::Status* look_up(const Kernel&, const Run& run) {
-  const Tensor panels = run.input(0), scales = run.input(1), ids = run.input(2);
+  const Tensor panels = run.input(0), scales = run.input(1), ids = run.input(2), levels = run.input(3);
   const int64_t count = static_cast<int64_t>(scales.size());
-  if (panels.shape.size() != 4 || panels.shape[0] * static_cast<int64_t>(kWidth) < count ||
-      panels.shape[2] * panels.shape[3] != static_cast<int64_t>(4 * kWidth))
+  const size_t k = panels.shape.size() == 4 ? static_cast<size_t>(panels.shape[1]) * (levels ? kBlock : 4) : 0;
+  Product table{};
+  if (k == 0 || count == 0 || !read_weight(panels, levels, k, scales.size(), table))
     return run.fault("the table of a scalefold::LookUp does not fit its scales");
-  const size_t k = 4 * static_cast<size_t>(panels.shape[1]);
   std::vector<int64_t> shape = ids.shape;
   shape.push_back(static_cast<int64_t>(k));
   const size_t rows = ids.size();
@@ -1675,7 +1695,8 @@ ort::Status* look_up(const Kernel&, const Run& run) {
   by_rows(run, rows, [&](size_t i) {
     const int64_t id = ids.as<int64_t>()[i];
     const size_t row = static_cast<size_t>(id < 0 ? id + count : id);
-    look_up_plain(panels.as<int8_t>(), k, row, scales.as<float>()[row], out + i * k);
+    const float scale = scales.as<float>()[row];
+    levels ? look_up_coded(table.coded, k, row, scale, out + i * k) : look_up_plain(table.weight, k, row, scale, out + i * k);
   });
   return nullptr;
 }
@@ -1771,7 +1792,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
       make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kInt8}, {kFloat}, 5, row_linear),
-      make("LookUp", {kInt8, kFloat, kInt64}, {kFloat}, 3, look_up),
+      make("LookUp", {kInt8, kFloat, kInt64, kInt8}, {kFloat}, 3, look_up),
       make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4, cached_attention),
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
       make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from scalefold.compiler import graph, layer_names
 from scalefold.compiler.coded_panels import coded_panels
+from scalefold.compiler.decode_chain import evaluate
 from scalefold.compiler.facts import Fact, restored_rows, row_range, weight_array
 from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, packed_panels
 from scalefold.compiler.last_logits import output_layer_input
@@ -144,19 +145,37 @@ def _look_up(gather: ir.Node) -> _LookUp | None:
     cast = graph.only_consumer(gather.outputs[0], "Cast")
     product = graph.only_consumer(cast.outputs[0], "Mul") if cast is not None else None
     scales = graph.producer(graph.other_input(product, cast.outputs[0]), "Gather") if product and cast else None
-    ids = gather.inputs[1]
-    if (
-        product is None
-        or scales is None
-        or scales.inputs[1] is not ids
-        or ids is None
-        or ids.dtype != ir.DataType.INT64
-    ):
+    if scales is None or graph.attribute(gather, "axis", 0) != 0 or scales.inputs[1] is not gather.inputs[1]:
         return None
-    array = graph.constant(scales.inputs[0])
+    return _scaled_rows(scales)
+
+
+def _scaled_rows(gather: ir.Node) -> _LookUp | None:
+    """Rows of a table of codes, from the Gather of their scales."""
+    array, ids, product = (
+        graph.constant(gather.inputs[0]),
+        gather.inputs[1],
+        graph.only_consumer(gather.outputs[0], "Mul"),
+    )
     if array is None or array.shape[1:] != (1,) or graph.attribute(gather, "axis", 0) != 0:
         return None
+    if product is None or ids is None or ids.dtype != ir.DataType.INT64:
+        return None
     return _LookUp(product.outputs[0], np.asarray(array, dtype=np.float32).reshape(-1), ids)
+
+
+def _decoded_look_ups(model: ir.Model, codes: npt.NDArray[np.int8]) -> list[_LookUp]:
+    """Every place where rows of a table are decoded that is a weight [K, N] too, stored once in codes of few bits."""
+    found = []
+    for gather in graph.nodes(model, "Gather"):
+        place = _scaled_rows(gather)
+        if place is None or len(place.scales) != codes.shape[1]:
+            continue
+        cast = graph.producer(graph.other_input(graph.consumers(gather.outputs[0])[0], gather.outputs[0]), "Cast")
+        rows = evaluate(cast.inputs[0], {place.ids: np.arange(codes.shape[1])}) if cast is not None else None
+        if rows is not None and np.array_equal(rows, codes.T):
+            found.append(place)
+    return found
 
 
 def _attentions(model: ir.Model) -> Iterator[Event]:
@@ -421,19 +440,21 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
 
 def _pack(model: ir.Model, name: str, weight: ir.Value) -> _Weight:
     """Panels and column sums of a weight; where it is looked up as a table too, that is done in the panels."""
-    codes, places = np.asarray(weight_array(weight), dtype=np.int8), _look_ups(weight) or ()
-    coded = None if places else coded_panels(codes)
+    codes = np.asarray(weight_array(weight), dtype=np.int8)
+    places = _look_ups(weight) or _decoded_look_ups(model, codes)
+    coded = coded_panels(codes)
     array = packed_panels(codes) if coded is None else coded.codes
     panels = graph.add_initializer(model, f"{name}.weight_panels", array)
+    levels = None if coded is None else graph.add_initializer(model, f"{name}.weight_levels", coded.levels)
     for place in places:
         scales = graph.add_initializer(model, f"{name}.row_scales", place.scales)
-        rows = ir.node("LookUp", [panels, scales, place.ids], domain=DOMAIN, name=f"{name}.look_up")
+        inputs = [panels, scales, place.ids, *([levels] if levels is not None else [])]
+        rows = ir.node("LookUp", inputs, domain=DOMAIN, name=f"{name}.look_up")
         made = place.rows.producer()
         assert made is not None
         graph.insert_after(made, [rows])
         graph.stand_in(place.rows, rows.outputs[0])
     sums = graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32))
-    levels = None if coded is None else graph.add_initializer(model, f"{name}.weight_levels", coded.levels)
     return _Weight(panels, sums, levels)
 
 

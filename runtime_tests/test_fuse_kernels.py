@@ -11,6 +11,7 @@ import pytest
 from scalefold.compiler import graph
 from scalefold.compiler.coded_panels import coded_panels
 from scalefold.compiler.kernel_library import packed_panels
+from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Array, Feed
 from scalefold.compiler.testing import check_pass, coded_weight, parse
 from scalefold.passes.fuse_kernels import FuseKernels
@@ -422,6 +423,33 @@ def test_a_table_that_is_a_weight_too_is_looked_up_in_the_panels() -> None:
         after=text(f"y = scalefold.Linear<N = 16>(q, {BODY})  v = scalefold.LookUp(WP, flat, ids)", IDS, BOTH),
         feeds=feeds("q ids"),
     )
+
+
+def test_a_table_of_few_bits_that_is_a_weight_too_is_looked_up_in_its_codes() -> None:
+    generator = np.random.default_rng(6)
+    few, factors = generator.integers(0, 16, (N, 128)).astype(np.uint8), np.arange(1, N + 1, dtype=np.int8)[:, None]
+    few[:, :2] = 0, 15
+    weight = ((few.astype(np.int8) - 8) * (factors % 9 + 1)).T.astype(np.int8)
+    stored = coded_panels(weight)
+    assert stored is not None
+    CONSTANTS.update(few=few, factors=(factors % 9 + 1).astype(np.int8), eight=np.int8(-8))
+    CONSTANTS.update(CC=stored.codes, CL=stored.levels, CS=weight.sum(0, dtype=np.int32))
+    decoded = "low{0} = Cast<to = 3>({1})  low{0}8 = Add(low{0}, eight)  d{0} = Mul(low{0}8, {2})  "
+    table = decoded.format("", "few", "factors") + "WT = Transpose<perm = [1, 0]>(d)  "
+    table += P.replace("W,", "WT,").replace("p =", "y =")
+    rows = "some = Gather(few, ids)  those = Gather(factors, ids)  " + decoded.format("r", "some", "those")
+    rows += "number = Cast<to = 1>(dr)  step = Gather(steps, ids)  v = Mul(number, step)"
+    inputs, outputs = "uint8[b, s, 128] q, int64[b, n] ids", f"float[b, s, {N}] y, float[b, n, 128] v"
+    feed = {"q": generator.integers(0, 256, (2, 3, 128)).astype(np.uint8), **feeds("ids")[0]}
+    product = "y = scalefold.Linear<N = 16>(q, CC, CS, t, s, z, b, , CL)"
+    after = text(f"{product}  v = scalefold.LookUp(CC, flat, ids, CL)", inputs, outputs)
+    check_pass(FuseKernels(), before=text(table + rows, inputs, outputs), after=after, feeds=[feed])
+    other = text(table + rows.replace("Gather(factors, ids)", "Gather(factors, back)"), inputs, outputs)
+    result = check_pass(FuseKernels(), before=other, feeds=[feed])  # rows of another table
+    assert [event.reason for event in result.rewrites] == ["Linear, codes of 4 bits"]
+    model = parse(other)
+    FuseKernels().run(model, Context())
+    assert not graph.nodes(model, "LookUp")
 
 
 UNKNOWN_TABLE = "its weight is a table that is looked up in a way the library does not know, and stored once"

@@ -34,7 +34,7 @@ TYPES = {
 }  # fmt: skip
 GIVEN = {
     "Linear": "uisffuffi", "LinearUint8": "uisffuffui", "LinearBfloat16": "uisffufi", "LinearNormUint8": "uisffufffffffui",
-    "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufffi", "LookUp": "ifl",
+    "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufffi", "LookUp": "ifli",
     "CachedAttention": "ffffff", "AddNorm": "ffff", "GatedSilu": "f",
 }  # fmt: skip
 """The inputs of each operator, by type; bfloat16 is given as float."""
@@ -343,6 +343,17 @@ def test_rows_of_a_table_are_looked_up(kernels: Path) -> None:
             run(kernels, "LookUp", [panels, scales, ids])
 
 
+@pytest.mark.parametrize("kind", ["steps", "grouped steps", "values", "grouped values"])
+def test_rows_of_a_table_in_codes_are_looked_up(kernels: Path, kind: str) -> None:
+    weight = coded_weight(kind, 128, 150)
+    scales = np.random.default_rng(3).uniform(0.1, 1, 150).astype(np.float32)
+    stored = coded_panels(weight)
+    assert stored is not None
+    ids = np.concatenate([np.arange(-150, 150), [5] * 20])
+    (got,) = run(kernels, "LookUp", [stored.codes, scales, ids, stored.levels])
+    np.testing.assert_array_equal(got, weight.T[ids].astype(np.float32) * scales[ids][:, None])
+
+
 def rounded(x: Array) -> Array:
     """To bfloat16 and back, to the even one in the middle."""
     bits = x.astype(np.float32).view(np.uint32)
@@ -603,6 +614,8 @@ def misfits() -> list[Any]:
             {"N": 20, "gated": 1},
         ),
         "a flat table": ("LookUp", [panels.reshape(-1), scales, np.array([1])], {}),
+        "a table without levels": ("LookUp", [stored.codes, floats(1, 70), np.array([1])], {}),
+        "levels of other panels": ("LookUp", [stored.codes, floats(1, 70), np.array([1]), stored.levels[:1]], {}),
         "rows without codes": ("LookUp", [panels, floats(1, 100), np.array([99])], {}),
     }
     return [pytest.param(*entry, id=name) for name, entry in found.items()]
