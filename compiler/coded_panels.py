@@ -49,8 +49,9 @@ class _Coding:
 def coded_panels(weight: Weight) -> CodedPanels | None:
     """The codes of a weight [K, N], which stand for exactly the same numbers; None where 4 bits are not enough.
 
-    They are where every column is one step, or one for each group of rows, times integers from -8 to 7; or where it has at
-    most 16 different numbers, all in all or in each group of rows. How the weight came to be does not matter.
+    They are where every column is a step, or one for each group of rows, times integers from -8 to 7 (the step may be
+    negative); or where it has at most 16 different numbers, all in all or in each group of rows. How the weight came to be
+    does not matter.
     """
     inputs, outputs = weight.shape
     if inputs % BLOCK or inputs == 0 or (outputs > PANEL and _coding(weight[:, :PANEL]) is None):
@@ -99,11 +100,13 @@ def _steps(weight: Weight, sizes: list[int]) -> _Coding | None:
         count = size // BLOCK
         step = np.maximum(np.gcd.reduce(_grouped(common, count), axis=1), 1)
         step[step > np.iinfo(np.int8).max] //= 2
-        if (_grouped(low, count).min(1) >= -OFFSET * step).all() and (
-            _grouped(high, count).max(1) < OFFSET * step
-        ).all():
-            codes = weight.reshape(-1, size, weight.shape[1]) // step[:, None].astype(np.int8) + OFFSET
-            return _Coding(codes.reshape(weight.shape).astype(np.uint8), step.astype(np.int8))
+        least, most = _grouped(low, count).min(axis=1), _grouped(high, count).max(axis=1)
+        down = most >= OFFSET * step  # there are 8 codes below 0 and 7 above it: this one counts downwards
+        least, most = np.where(down, -most, least), np.where(down, -least, most)
+        if (least >= -OFFSET * step).all() and (most < OFFSET * step).all():
+            step = np.where(down, -step, step).astype(np.int8)
+            codes = weight.reshape(-1, size, weight.shape[1]) // step[:, None] + OFFSET
+            return _Coding(codes.reshape(weight.shape).astype(np.uint8), step)
     return None
 
 

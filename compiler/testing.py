@@ -194,7 +194,7 @@ def coded_weight(kind: str, inputs: int, outputs: int) -> Array:
     groups = inputs // 64 if kind.startswith("grouped ") else 1
     shape = groups, inputs // groups, outputs
     if kind.endswith("steps"):
-        steps = generator.choice([1, 3, 7, 11, 16], (groups, 1, outputs))
+        steps = generator.choice([1, 3, 7, 11, 16, -2, -15], (groups, 1, outputs))
         weight = generator.integers(-8, 8, shape) * steps
         weight[:, :2] = np.array([-8, 7])[:, None] * steps
     else:

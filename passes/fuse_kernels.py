@@ -167,13 +167,16 @@ def _scaled_rows(gather: ir.Node) -> _LookUp | None:
 def _decoded_look_ups(model: ir.Model, codes: npt.NDArray[np.int8]) -> list[_LookUp]:
     """Every place where rows of a table are decoded that is a weight [K, N] too, stored once in codes of few bits."""
     found = []
+    all_ids = np.arange(codes.shape[1])
     for gather in graph.nodes(model, "Gather"):
         place = _scaled_rows(gather)
-        if place is None or len(place.scales) != codes.shape[1]:
+        rank = None if place is None else graph.rank(place.ids)
+        if place is None or not rank or len(place.scales) != codes.shape[1]:
             continue
+        ids = all_ids.reshape([1] * (rank - 1) + [-1])
         cast = graph.producer(graph.other_input(graph.consumers(gather.outputs[0])[0], gather.outputs[0]), "Cast")
-        rows = evaluate(cast.inputs[0], {place.ids: np.arange(codes.shape[1])}) if cast is not None else None
-        if rows is not None and np.array_equal(rows, codes.T):
+        rows = evaluate(cast.inputs[0], {place.ids: ids}) if cast is not None else None
+        if rows is not None and rows.size == codes.size and np.array_equal(rows.reshape(codes.T.shape), codes.T):
             found.append(place)
     return found
 
