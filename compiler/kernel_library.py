@@ -80,6 +80,12 @@ def unpacked_panels(panels: npt.NDArray[np.int8], columns: int) -> npt.NDArray[n
     return np.ascontiguousarray(panels.transpose(1, 3, 0, 2).reshape(4 * groups, count * PANEL)[:, :columns])
 
 
+def to_bfloat(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Floats rounded to bfloat16, to the even one in the middle."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
 def library() -> Path:
     """The library, built when this machine has not built it from this source yet, and kept in the user's cache.
 

@@ -10,7 +10,8 @@
 //   RowLinear          Linear of float rows that are brought to codes on the way in: normalized, gated, or as they are; by
 //                      one step for all, or each row by its own range
 //   LookUp             rows of a table that is stored as the weight of a Linear, times their scales
-//   CachedAttention    attention of new tokens behind a cache, rotated where there are angles, and the cache with them
+//   CachedAttention    attention of new tokens behind a cache, and behind what stands in front of every cache; rotated where
+//                      there are angles; and the cache with them
 //   AddNorm            x = a + b; (x, LayerNormalization(x) or RMSNormalization(x))
 //   GatedSilu          silu(x[..., :N]) x[..., N:]
 //
@@ -387,20 +388,38 @@ void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
   }
 }
 
+// Keys or values of one head: `count` rows in front, and those behind.
+template <typename Number>
+struct Rows {
+  const Number *front, *behind;
+  size_t count, stride;
+
+  const Number* operator()(size_t row) const {
+    return row < count ? front + row * stride : behind + (row - count) * stride;
+  }
+};
+
 // Attention of S new tokens behind P in a cache, T = P + S; H heads of D share G heads of keys and values.
 struct Cached {
   const float *qkv;               // [B, S, (H + 2 G) D]
   const float *past_k, *past_v;   // [B, G, P, D]
+  const float *front_k, *front_v; // [G, F, D], of every sequence, rounded to bfloat16; or null
   const float *cosines, *sines;   // [B, S, D / 2], or null
   const float* mask;              // of the first query of a head
   size_t mask_strides[3];         // by batch, head and query; 0 where it is the same for all
   float *k, *v;                   // [B, G, T, D]
   float* out;                     // [B, S, H D]
-  size_t batch, tokens, past, heads, groups, size;
+  size_t batch, tokens, past, front, heads, groups, size;
   float scale;
 
-  size_t total() const { return past + tokens; }
+  size_t grown() const { return past + tokens; }
+  size_t total() const { return front + grown(); }
   size_t width() const { return (heads + 2 * groups) * size; }
+  Rows<float> rows(const float* all, const float* in_front, size_t b, size_t g) const {
+    return {in_front + g * front * size, all + (b * groups + g) * grown() * size, front, size};
+  }
+  Rows<float> keys(size_t b, size_t g) const { return rows(k, front_k, b, g); }
+  Rows<float> values(size_t b, size_t g) const { return rows(v, front_v, b, g); }
   const float* mask_row(size_t b, size_t head, size_t query) const {
     return mask + b * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2];
   }
@@ -420,12 +439,12 @@ void round_plain(const float* x, size_t n, float* out) {
 
 // One query by numbers that are rounded to bfloat16, as a prompt is multiplied in: both give the same but for the order in
 // which floats are added.
-void attend_row_plain(const float* q, const float* k, const float* v, size_t keys, size_t size, float scale,
+void attend_row_plain(const float* q, const Rows<float>& k, const Rows<float>& v, size_t keys, size_t size, float scale,
                       const float* mask, float* scores, float* out) {
   float largest = -FLT_MAX, total = 0;
   for (size_t j = 0; j < keys; ++j) {
     float score = 0;
-    for (size_t d = 0; d < size; ++d) score += q[d] * k[j * size + d];
+    for (size_t d = 0; d < size; ++d) score += q[d] * k(j)[d];
     scores[j] = std::max(-FLT_MAX, score * scale + mask[j]);
     largest = std::max(largest, scores[j]);
   }
@@ -434,7 +453,7 @@ void attend_row_plain(const float* q, const float* k, const float* v, size_t key
   for (size_t j = 0; j < keys; ++j) {
     const float share = from_bfloat(to_bfloat(std::exp(scores[j] - largest)));
     total += share;
-    for (size_t d = 0; d < size; ++d) out[d] += share * v[j * size + d];
+    for (size_t d = 0; d < size; ++d) out[d] += share * v(j)[d];
   }
   for (size_t d = 0; d < size; ++d) out[d] /= total;
 }
@@ -947,15 +966,15 @@ struct Packed {
 
 // Pack the rows that `chosen` names, or the first `keys` where it is null.
 template <typename Number>
-AVX512 void pack512(const Packed& to, const Number* k, const Number* v, size_t stride, const uint32_t* chosen, size_t keys,
+AVX512 void pack512(const Packed& to, const Rows<Number>& k, const Rows<Number>& v, const uint32_t* chosen, size_t keys,
                     size_t size) {
   const size_t half = size / 2;
-  const auto at = [&](size_t j) { return (chosen ? chosen[j] : j) * stride; };
+  const auto at = [&](size_t j) { return chosen ? chosen[j] : j; };
   for (size_t j = 0; j < to.padded; j += 16) {
     for (size_t d = 0; d < half; d += 16) {
       __m512i rows[16];
       for (size_t i = 0; i < 16; ++i)
-        rows[i] = j + i < keys ? pairs512(k + at(j + i) + 2 * d, half - d) : _mm512_setzero_si512();
+        rows[i] = j + i < keys ? pairs512(k(at(j + i)) + 2 * d, half - d) : _mm512_setzero_si512();
       transpose512(rows);
       for (size_t i = 0; i < std::min<size_t>(16, half - d); ++i)
         _mm512_storeu_si512(to.columns + (d + i) * to.padded + j, rows[i]);
@@ -963,8 +982,8 @@ AVX512 void pack512(const Packed& to, const Number* k, const Number* v, size_t s
   }
   for (size_t j = 0; j < to.padded; j += 2) {
     for (size_t d = 0; d < size; d += 16) {
-      const __m512i even = j < keys ? lower512(v + at(j) + d) : _mm512_setzero_si512();
-      const __m512i odd = j + 1 < keys ? lower512(v + at(j + 1) + d) : _mm512_setzero_si512();
+      const __m512i even = j < keys ? lower512(v(at(j)) + d) : _mm512_setzero_si512();
+      const __m512i odd = j + 1 < keys ? lower512(v(at(j + 1)) + d) : _mm512_setzero_si512();
       _mm512_storeu_si512(to.values + j / 2 * size + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
     }
   }
@@ -1113,7 +1132,8 @@ void attend(const Head& head) {
   if (has_vnni()) {
     room.resize(Packed::size_of(head.keys, head.size));
     const Packed packed(room.data(), head.keys, head.size);
-    pack512(packed, head.k, head.v, head.stride, nullptr, head.keys, head.size);
+    const Rows<uint16_t> k{nullptr, head.k, 0, head.stride}, v{nullptr, head.v, 0, head.stride};
+    pack512(packed, k, v, nullptr, head.keys, head.size);
     return attend_packed(head, packed);
   }
 #endif
@@ -1427,7 +1447,7 @@ void rotate(const Cached& c, const float* row, size_t angle, float* out) {
 // earlier step are so already; a prefix that was baked in is not.
 void extend(const Cached& c, size_t b, size_t g) {
   const size_t half = c.size / 2, head = b * c.groups + g, old = c.past * c.size;
-  float *k = c.k + head * c.total() * c.size, *v = c.v + head * c.total() * c.size;
+  float *k = c.k + head * c.grown() * c.size, *v = c.v + head * c.grown() * c.size;
   CHOOSE(round512, round_plain)(c.past_k + head * old, old, k);
   CHOOSE(round512, round_plain)(c.past_v + head * old, old, v);
   for (size_t s = 0; s < c.tokens; ++s) {
@@ -1519,10 +1539,10 @@ void attend_cached512(const Run& run, const Cached& c) {
   Seen* seen = sequences.data();
   for (size_t b = 0; b < c.batch; ++b) seen[b].find(c, b);
   run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
-    const size_t b = task / c.groups, g = task % c.groups, at = task * total * c.size;
+    const size_t b = task / c.groups, g = task % c.groups;
     extend(c, b, g);
     const Packed packed(packed_heads + task * each, seen[b].count, c.size);
-    pack512(packed, c.k + at, c.v + at, c.size, seen[b].chosen(), seen[b].count, c.size);
+    pack512(packed, c.keys(b, g), c.values(b, g), seen[b].chosen(), seen[b].count, c.size);
     for (size_t head = g * shared; few && head < (g + 1) * shared; ++head)
       attend_queries(c, b, head, 0, c.tokens, packed, seen[b]);
   });
@@ -1542,7 +1562,7 @@ void attend_cached_plain(const Run& run, const Cached& c) {
     thread_local std::vector<float> scratch;
     scratch.resize(c.total() + c.size);
     extend(c, b, g);
-    const float *k = c.k + task * c.total() * c.size, *v = c.v + task * c.total() * c.size;
+    const Rows<float> k = c.keys(b, g), v = c.values(b, g);
     for (size_t s = 0; s < c.tokens; ++s) {
       for (size_t head = g * shared; head < (g + 1) * shared; ++head) {
         query(c, b, s, head, scratch.data());
@@ -1556,7 +1576,7 @@ void attend_cached_plain(const Run& run, const Cached& c) {
 
 ort::Status* cached_attention(const Kernel& kernel, const Run& run) {
   const Tensor qkv = run.input(0), past_k = run.input(1), past_v = run.input(2), mask = run.input(3);
-  const Tensor cosines = run.input(4), sines = run.input(5);
+  const Tensor cosines = run.input(4), sines = run.input(5), front_k = run.input(6), front_v = run.input(7);
   Cached c{};
   c.heads = static_cast<size_t>(kernel.heads);
   c.groups = static_cast<size_t>(kernel.groups);
@@ -1567,7 +1587,15 @@ ort::Status* cached_attention(const Kernel& kernel, const Run& run) {
   c.batch = static_cast<size_t>(qkv.shape[0]);
   c.tokens = static_cast<size_t>(qkv.shape[1]);
   c.past = static_cast<size_t>(past_k.shape[2]);
-  const std::vector<int64_t> grown = {qkv.shape[0], kernel.groups, static_cast<int64_t>(c.total()),
+  if (front_k || front_v) {
+    if (front_k.shape.size() != 4 || front_k.shape != front_v.shape || front_k.shape[0] != 1 ||
+        front_k.shape[1] != kernel.groups || front_k.last() != c.size)
+      return run.fault("what is in front of a scalefold::CachedAttention is no [1, groups, tokens, size]");
+    c.front = static_cast<size_t>(front_k.shape[2]);
+    c.front_k = front_k.as<float>();
+    c.front_v = front_v.as<float>();
+  }
+  const std::vector<int64_t> grown = {qkv.shape[0], kernel.groups, static_cast<int64_t>(c.grown()),
                                       static_cast<int64_t>(c.size)};
   if (past_k.shape[0] != grown[0] || past_k.shape[1] != grown[1] || past_k.shape[3] != grown[3] ||
       !mask_strides(mask, c.batch, c.heads, c.tokens, c.total(), c.mask_strides))
@@ -1793,7 +1821,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
       make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kInt8}, {kFloat}, 5, row_linear),
       make("LookUp", {kInt8, kFloat, kInt64, kInt8}, {kFloat}, 3, look_up),
-      make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4, cached_attention),
+      make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4,
+           cached_attention),
       make("AddNorm", {kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat}, 3, add_norm),
       make("GatedSilu", {kFloat}, {kFloat}, 1, gated_silu),
   };

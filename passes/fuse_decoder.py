@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from scalefold.compiler import graph
 from scalefold.compiler.facts import Fact
-from scalefold.compiler.kernel_library import DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION
+from scalefold.compiler.kernel_library import DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, to_bfloat
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
 
@@ -20,6 +22,9 @@ class FuseDecoder:
 
     before:  q, k, v = Split(x);  Attention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v, mask, pk, pv)
     after:   CachedAttention(x, pk, pv, mask, cos, sin)                                  or without angles
+
+    before:  Attention(.., Concat(fk, pk), Concat(fv, pv)) -> Slice(n:) of keys and of values      n rows baked in
+    after:   CachedAttention(x, pk, pv, mask, cos, sin, fk, fv)                      and nothing is joined or cut
 
     before:  g, u = Split(x);  Mul(Mul(g, Sigmoid(g)), u)                                or QuickGelu of alpha 1
     after:   GatedSilu(x)
@@ -59,18 +64,62 @@ def _attentions(model: ir.Model, declined: list[Event]) -> Iterator[Event]:
         rotary = graph.producer(attention.inputs[0], "RotaryEmbedding")
         angles = list(rotary.inputs[1:3]) if rotary is not None else []
         attributes = {"heads": heads, "groups": groups, "scale": _scale(attention, _sizes(split)[0] // heads)}
-        fused = ir.node(
-            "CachedAttention",
-            [split.inputs[0], *past, mask, *angles],
-            attributes,
-            num_outputs=3,
-            domain=DOMAIN,
-            name=attention.name,
-        )
-        graph.insert_after(attention, [fused])
-        for old, new in zip(attention.outputs[:3], fused.outputs, strict=True):
+        inputs, outputs = [split.inputs[0], *past, mask, *angles], list(attention.outputs[:3])
+        fronts = [_front(value, out) for value, out in zip(past, outputs[1:], strict=True)]
+        keys, values = fronts
+        if keys is not None and values is not None and keys.rows.shape == values.rows.shape:
+            inputs[1:3], outputs[1:] = [keys.past, values.past], [keys.present, values.present]
+            inputs += [None] * (6 - len(inputs))
+            for front, kind in ((keys, "keys"), (values, "values")):
+                inputs.append(graph.add_initializer(model, f"{attention.name}.{kind}_in_front", to_bfloat(front.rows)))
+        fused = ir.node("CachedAttention", inputs, attributes, num_outputs=3, domain=DOMAIN, name=attention.name)
+        graph.insert_after(outputs[0].producer() or attention, [fused])
+        for old, new in zip(outputs, fused.outputs, strict=True):
             graph.stand_in(old, new)
         yield Event(fused, "attention and its cache by one operator")
+
+
+@dataclass(frozen=True)
+class _Front:
+    """What stands in front of every cache: its rows [1, G, n, D], and what comes in and goes out without it."""
+
+    rows: npt.NDArray[np.float32]
+    past: ir.Value
+    present: ir.Value
+
+
+def _front(whole: ir.Value | None, grown: ir.Value) -> _Front | None:
+    """The rows that bake-prefix joins to a cache and cuts from what attention gives back; None where it is not so."""
+    join, cut = graph.producer(whole, "Concat"), graph.only_consumer(grown, "Slice")
+    if join is None or cut is None or whole is None or graph.only_consumer(whole) is None or len(cut.inputs) > 4:
+        return None
+    rows, past = _same_for_all(join.inputs[0]), join.inputs[1]
+    bounds = [graph.constant(value) for value in cut.inputs[1:]]
+    if rows is None or past is None or len(join.inputs) != 2 or graph.attribute(join, "axis", 0) != 2:
+        return None
+    starts, ends, axes = ([] if entry is None else entry.tolist() for entry in [*bounds, *[None] * (3 - len(bounds))])
+    if starts != [rows.shape[2]] or axes != [2] or len(ends) != 1 or ends[0] < np.iinfo(np.int32).max:
+        return None
+    return _Front(rows, past, cut.outputs[0])
+
+
+def _same_for_all(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
+    """Rows [1, G, n, D] that are repeated for each sequence of a batch, or a part of such; None for anything else."""
+    split = graph.producer(value, "Split")
+    expand = graph.producer(value if split is None else split.inputs[0], "Expand")
+    found = graph.constant(expand.inputs[0]) if expand is not None else None
+    if expand is None or found is None or found.dtype != np.float32 or found.ndim != 4 or len(found) != 1:
+        return None
+    array = np.asarray(found, dtype=np.float32)
+    shape = expand.outputs[0].shape
+    if shape is None or list(shape[1:]) != list(array.shape[1:]):
+        return None
+    if split is None or value is None:
+        return array
+    sizes, place = _sizes(split, axis=1), list(split.outputs).index(value)
+    if graph.attribute(split, "axis", 0) != 1 or not sizes:
+        return None
+    return array[:, sum(sizes[:place]) : sum(sizes[: place + 1])]
 
 
 def _integer(node: ir.Node, name: str) -> int:
@@ -93,13 +142,13 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return value, 1.0
 
 
-def _sizes(split: ir.Node) -> list[int]:
+def _sizes(split: ir.Node, axis: int = -1) -> list[int]:
     """How many numbers each output of a Split has, where that is known."""
     sizes = graph.constant(split.inputs[1]) if len(split.inputs) > 1 else None
     if sizes is not None:
         return [int(size) for size in sizes]
     x = split.inputs[0]
-    width = x.shape[-1] if x is not None and x.shape is not None else None
+    width = x.shape[axis] if x is not None and x.shape is not None else None
     parts = len(split.outputs)
     return [width // parts] * parts if isinstance(width, int) and width % parts == 0 else []
 

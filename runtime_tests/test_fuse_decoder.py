@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from scalefold.compiler.kernel_library import to_bfloat
 from scalefold.compiler.runtime import Feed
 from scalefold.compiler.testing import check_pass
 from scalefold.passes.fuse_decoder import FuseDecoder
@@ -81,6 +82,58 @@ def test_parts_of_one_size_need_not_be_listed() -> None:
         after=f"{head}{{ {(FUSED % (0.25, '')).replace('heads = 2', 'heads = 1')} }}",
         feeds=[{**feed, "x": feed["x"][..., :48]}],
     )
+
+
+FRONT = """<float[1, 2, 1, 16] front = {%s}, int64[1] one = {1}, int64[1] many = {9223372036854775807}, int64[1] two = {2},
+ int64[3] ones = {1, 1, 1}, float[1, 1, 1, 16] fk = {%s}, float[1, 1, 1, 16] fv = {%s}>"""
+JOINED = """n = Shape<start = 0, end = 1>(x)  size = Concat<axis = 0>(n, ones)  all = Expand(front, size)
+ ek, ev = Split<axis = 1, num_outputs = 2>(all)  wk = Concat<axis = 2>(ek, pk)  wv = Concat<axis = 2>(ev, pv)  """
+CUT = "  k2 = Slice(gk, one, many, two)  v2 = Slice(gv, one, many, two)"
+
+
+def with_front(body: str) -> str:
+    """Text of a graph with rows in front of its cache, which are the same in bfloat16."""
+    rows = [np.linspace(-2, 2, 16), np.linspace(1, -1, 16)]
+    keys, values = (", ".join(map(repr, to_bfloat(row.astype(np.float32)).tolist())) for row in rows)
+    head = HEAD % ""
+    return (
+        head.replace("<int64[3] sizes", FRONT[:-1] % (f"{keys}, {values}", keys, values) + ", int64[3] sizes")
+        + f"{{ {body} }}"
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_what_stands_in_front_of_every_cache_goes_in(tokens: int) -> None:
+    attention = PLAIN.replace("y, k2, v2", "y, gk, gv").replace("pk, pv", "wk, wv")
+    (feed,) = feeds(tokens)
+    feed = {**feed, "mask": np.concatenate([np.zeros((2, 1, tokens, 1), np.float32), feed["mask"]], axis=3)}
+    result = check_pass(
+        FuseDecoder(),
+        before=with_front(JOINED + attention + CUT),
+        after=with_front(FUSED % (0.25, ", , , fk, fv")),
+        feeds=[feed],
+    )
+    assert [event.reason for event in result.rewrites] == ["attention and its cache by one operator"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(CUT.replace("(gv, one", "(gv, two"), id="cut elsewhere"),
+        pytest.param(CUT + "  more = Exp(gk)", id="read whole too"),
+        pytest.param(CUT.replace("k2 = Slice(gk, one, many, two)", "k2 = Identity(gk)"), id="not cut"),
+    ],
+)
+def test_a_cache_that_is_joined_and_cut_otherwise_stays_so(body: str) -> None:
+    attention = PLAIN.replace("y, k2, v2", "y, gk, gv").replace("pk, pv", "wk, wv")
+    (feed,) = feeds(1)
+    feed = {**feed, "mask": np.concatenate([np.zeros((2, 1, 1, 1), np.float32), feed["mask"]], axis=3)}
+    given = with_front(JOINED + attention + body)
+    if "more" in body:
+        given = given.replace("16] v2)", "16] v2, float[b, 1, w, 16] more)")
+    after = given.replace("y, gk, gv = Attention<q_num_heads = 2, kv_num_heads = 1>(q, k, v, mask, wk, wv)", "")
+    fused = (FUSED % (0.25, "")).replace("y, k2, v2", "y, gk, gv").replace("pk, pv", "wk, wv")
+    check_pass(FuseDecoder(), before=given, after=after.replace(SPLIT, fused), feeds=[feed])
 
 
 NOT_BESIDE = "its queries, keys and values do not lie side by side"

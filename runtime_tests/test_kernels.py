@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from scalefold.compiler import kernel_library
 from scalefold.compiler.coded_panels import coded_panels
-from scalefold.compiler.kernel_library import ACTIVATIONS, packed_panels, unpacked_panels
+from scalefold.compiler.kernel_library import ACTIVATIONS, packed_panels, to_bfloat, unpacked_panels
 from scalefold.compiler.testing import coded_weight
 
 Array = np.ndarray[Any, Any]
@@ -35,7 +35,7 @@ TYPES = {
 GIVEN = {
     "Linear": "uisffuffi", "LinearUint8": "uisffuffui", "LinearBfloat16": "uisffufi", "LinearNormUint8": "uisffufffffffui",
     "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufffi", "LookUp": "ifli",
-    "CachedAttention": "ffffff", "AddNorm": "ffff", "GatedSilu": "f",
+    "CachedAttention": "ffffffff", "AddNorm": "ffff", "GatedSilu": "f",
 }  # fmt: skip
 """The inputs of each operator, by type; bfloat16 is given as float."""
 MADE = {
@@ -354,12 +354,6 @@ def test_rows_of_a_table_in_codes_are_looked_up(kernels: Path, kind: str) -> Non
     np.testing.assert_array_equal(got, weight.T[ids].astype(np.float32) * scales[ids][:, None])
 
 
-def rounded(x: Array) -> Array:
-    """To bfloat16 and back, to the even one in the middle."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
 def attended(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> tuple[Array, Array, Array]:
     """Attention in float64: the result, the mean of |v| by its shares, and the largest |q| |k| of a row of scores.
 
@@ -393,7 +387,7 @@ def masks(batch: int, heads: int, tokens: int, keys: int) -> list[Array | None]:
 
 
 def check_attention_uint8(kernels: Path, batch: int, heads: int, tokens: int, size: int, mask: Array | None) -> None:
-    x, step, point = rounded(floats(5, batch, tokens, 3 * heads * size)), 0.01, 120
+    x, step, point = to_bfloat(floats(5, batch, tokens, 3 * heads * size)), 0.01, 120
     parts = x.reshape(batch, tokens, 3, heads, size).transpose(2, 0, 3, 1, 4)
     (codes,) = run(
         kernels, "AttentionUint8", [x, one(step), zero(point), *([] if mask is None else [mask])], heads=heads
@@ -424,7 +418,7 @@ class Cache:
         batch, tokens, past = shape
         self.heads, self.groups, self.size, self.shape = heads, groups, size, shape
         self.x = floats(11, batch, tokens, (heads + 2 * groups) * size)
-        self.past = [rounded(floats(12 + index, batch, groups, past, size)) for index in range(2)]
+        self.past = [to_bfloat(floats(12 + index, batch, groups, past, size)) for index in range(2)]
         angles = floats(14, batch, tokens, size // 2, spread=3)
         self.angles = [np.cos(angles), np.sin(angles)] if rotated else []
 
@@ -437,7 +431,7 @@ class Cache:
         q, k, v = np.split(self.x.reshape(batch, tokens, -1, self.size).transpose(0, 2, 1, 3), counts, axis=1)
         q, k = self.turned(q), self.turned(k)
         k, v = (np.concatenate([old, new], axis=2) for old, new in zip(self.past, (k, v), strict=True))
-        np.testing.assert_array_equal(values, rounded(v))
+        np.testing.assert_array_equal(values, to_bfloat(v))
         assert np.all(np.abs(keys - k) <= BFLOAT * np.abs(k) + 1e-6)
         share = self.heads // self.groups
         factor = scale or 1 / math.sqrt(self.size)
@@ -471,6 +465,24 @@ def test_attention_behind_a_cache_and_its_mask(kernels: Path, form: int) -> None
         Cache((2, tokens, 6), 4, 4, 16, rotated=True).check(kernels, mask)
 
 
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "as it is"])
+def test_what_stands_in_front_of_every_cache(kernels: Path, rotated: bool) -> None:
+    for tokens, past, front in ((1, 0, 1), (1, 40, 1), (3, 17, 5), (9, 0, 2), (60, 33, 1)):
+        cache = Cache((2, tokens, past), 4, 2, 32, rotated=rotated)
+        rows = [to_bfloat(floats(30 + index, 1, 2, front, 32)) for index in range(2)]
+        joined = [np.concatenate([np.repeat(f, 2, 0), p], 2) for f, p in zip(rows, cache.past, strict=True)]
+        whole = front + past + tokens
+        for mask in masks(2, 4, tokens, whole):
+            mask = np.zeros((1, 1, 1, whole), np.float32) if mask is None else mask
+            more = {"heads": 4, "groups": 2}
+            angles: list[Array | None] = [*cache.angles] or [None, None]
+            wanted = run(kernels, "CachedAttention", [cache.x, *joined, mask, *cache.angles], **more)
+            got = run(kernels, "CachedAttention", [cache.x, *cache.past, mask, *angles, *rows], **more)
+            np.testing.assert_array_equal(got[0], wanted[0])
+            np.testing.assert_array_equal(got[1], wanted[1][:, :, front:])
+            np.testing.assert_array_equal(got[2], wanted[2][:, :, front:])
+
+
 def test_long_prompts_heads_that_share_and_scales(kernels: Path) -> None:
     causal = np.where(np.tri(700, 1000, 300) > 0, 0, LOWEST).astype(np.float32)[None, None]
     Cache((1, 700, 300), 3, 1, 16, rotated=True).check(kernels, causal)
@@ -499,8 +511,10 @@ def test_nothing_to_do_gives_nothing(kernels: Path) -> None:
     past, mask = floats(2, 2, 2, 5, 16), np.zeros((2, 1, 0, 5), np.float32)
     out, keys, values = run(kernels, "CachedAttention", [qkv, past, -past, mask], heads=2, groups=2)
     assert out.shape == (2, 0, 32)
-    np.testing.assert_array_equal(keys, rounded(past))  # a prefix that was baked in is rounded on its first way through
-    np.testing.assert_array_equal(values, rounded(-past))
+    np.testing.assert_array_equal(
+        keys, to_bfloat(past)
+    )  # a prefix that was baked in is rounded on its first way through
+    np.testing.assert_array_equal(values, to_bfloat(-past))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -516,7 +530,7 @@ def test_both_paths_agree(built_kernels: Path, plain_kernels: Path, threads: int
         assert np.mean(fast != plain) < 0.002 and np.abs(fast.astype(int) - plain).max() <= 1
     fast, plain = (each("GatedSilu", [residual])[0] for each in both)
     assert_close(fast, plain.astype(np.float64), 1e-6)
-    x, mask = rounded(floats(5, 2, 60, 3 * 64)), masks(2, 4, 60, 60)[-1]
+    x, mask = to_bfloat(floats(5, 2, 60, 3 * 64)), masks(2, 4, 60, 60)[-1]
     fast, plain = (each("AttentionUint8", [x, one(0.02), zero(120), mask], heads=4)[0] for each in both)
     assert np.mean(fast != plain) < 0.05 and np.abs(fast.astype(int) - plain).max() <= 1
     for tokens in (4, 60):
@@ -544,6 +558,7 @@ def misfits() -> list[Any]:
     mask, heads = np.zeros((1, 1, 3, 8), np.float32), {"heads": 2, "groups": 2}
     angles = floats(5, 1, 3, 8)
     none = np.zeros(0, np.float32)
+    front, longer = floats(6, 1, 2, 1, 16), np.zeros((1, 1, 3, 9), np.float32)
     wide = Product((3,), 96, 70)
     wide.weight = coded_weight("grouped steps", 96, 70)
     stored = coded_panels(wide.weight)
@@ -582,6 +597,18 @@ def misfits() -> list[Any]:
         "short cache": ("CachedAttention", [qkv, past[:, :1], past[:, :1], mask], heads),
         "two caches": ("CachedAttention", [qkv, past, past[:, :, 1:], mask], heads),
         "mask of the new": ("CachedAttention", [qkv, past, past, mask[..., :3]], heads),
+        "rows in front of a mask without them": (
+            "CachedAttention",
+            [qkv, past, past, mask, None, None, front, front],
+            heads,
+        ),
+        "keys in front alone": ("CachedAttention", [qkv, past, past, longer, None, None, front], heads),
+        "values in front alone": ("CachedAttention", [qkv, past, past, longer, None, None, None, front], heads),
+        "rows in front of two sequences": (
+            "CachedAttention",
+            [qkv, past, past, longer, None, None, np.repeat(front, 2, 0), np.repeat(front, 2, 0)],
+            heads,
+        ),
         "one angle": ("CachedAttention", [qkv, past, past, mask, angles], heads),
         "short angles": ("CachedAttention", [qkv, past, past, mask, angles[:, 1:], angles[:, 1:]], heads),
         "heads that do not share": (
