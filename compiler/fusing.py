@@ -138,8 +138,8 @@ def _run(model: ir.Model) -> tuple[list[Event], list[Event]]:
 
 def _align(model: ir.Model) -> None:
     """Let panels come first in the file of weights, one behind another: then all lie at multiples of a cache line."""
-    initializers = model.graph.initializers
-    aside = [value for value in initializers.values() if value.dtype != ir.DataType.INT8 or graph.rank(value) != 4]
+    initializers, panels = model.graph.initializers, (ir.DataType.INT8, ir.DataType.BFLOAT16)
+    aside = [value for value in initializers.values() if value.dtype not in panels or graph.rank(value) != 4]
     for value in aside:
         initializers.pop(value.name or "")
     for value in aside:

@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -38,6 +40,9 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 PRODUCTS = frozenset({"Linear", "LinearUint8", "LinearBfloat16", "LinearNormUint8", "RowLinear"})
 """The operators that multiply by a weight."""
+
+FLOAT_PRODUCT = "FloatLinear"
+"""The operator that does so in bfloat16."""
 
 HEAD_LANES = 16
 """Sizes of attention heads are multiples of it."""
@@ -69,9 +74,16 @@ def packed_panels(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     return np.ascontiguousarray(filled.reshape(k // 4, 4, panels, PANEL).transpose(2, 0, 3, 1))
 
 
+def packed_pairs(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """A float weight [K, N] as FloatLinear reads it: bfloat16 [ceil(N / 64), K / 2, 64, 2], filled up with columns of 0."""
+    k, n = weight.shape
+    filled = np.pad(weight, ((0, 0), (0, -n % PANEL))).reshape(k // 2, 2, -1, PANEL)
+    return np.ascontiguousarray(filled.transpose(2, 0, 3, 1)).astype(ml_dtypes.bfloat16)
+
+
 def input_channels(panels: Sequence[int]) -> int:
-    """K of a weight [K, N], from the shape of its panels of int8 or of codes."""
-    return panels[1] * (BLOCK if panels[3] == PANEL else 4)
+    """K of a weight [K, N], from the shape of its panels of int8, of codes, or of bfloat16."""
+    return panels[1] * (BLOCK if panels[3] == PANEL else panels[3])
 
 
 def unpacked_panels(panels: npt.NDArray[np.int8], columns: int) -> npt.NDArray[np.int8]:

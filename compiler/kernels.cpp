@@ -9,6 +9,7 @@
 //   AttentionUint8     softmax(q k^T / sqrt(D) + mask) v, quantized; q, k, v side by side in one bfloat16 [B, S, 3 H D]
 //   RowLinear          Linear of float rows that are brought to codes on the way in: normalized, gated, or as they are; by
 //                      one step for all, or each row by its own range
+//   FloatLinear        the same product of a layer that no integers hold: rows and weight in bfloat16, sums in float
 //   LookUp             rows of a table that is stored as the weight of a Linear, times their scales
 //   CachedAttention    attention of new tokens behind a cache, and behind what stands in front of every cache; rotated where
 //                      there are angles; and the cache with them
@@ -317,6 +318,34 @@ void tile_plain(const Product& p, size_t row, size_t rows, size_t panel, const i
   }
 }
 
+// A product of bfloat16; W in panels [ceil(N/64), K/2, 64, 2].
+struct FloatProduct {
+  const uint32_t* x;       // [M, K/2], pairs of bfloat16
+  const uint32_t* weight;  // pairs along K
+  const float* bias;       // [N]
+  const float* residual;   // [M, N] or null
+  float* out;              // [M, N]
+  size_t m, pairs, n;
+  Activation activation;
+};
+
+void float_tile_plain(const FloatProduct& p, size_t row, size_t rows, size_t panel) {
+  const auto part = [](uint32_t pair, int half) { return from_bfloat(static_cast<uint16_t>(pair >> 16 * half)); };
+  const uint32_t* weight = p.weight + panel * kWidth * p.pairs;
+  const size_t first = panel * kWidth, columns = std::min(kWidth, p.n - first);
+  for (size_t i = row; i < row + rows; ++i) {
+    const uint32_t* x = p.x + i * p.pairs;
+    for (size_t j = 0; j < columns; ++j) {
+      float sum = 0;
+      for (size_t k = 0; k < p.pairs; ++k)
+        for (const int half : {0, 1}) sum += part(x[k], half) * part(weight[k * kWidth + j], half);
+      const size_t at = first + j, to = i * p.n + at;
+      const float y = activate(sum + p.bias[at], p.activation);
+      p.out[to] = p.residual ? y + p.residual[to] : y;
+    }
+  }
+}
+
 // A normalization: what it multiplies by, and where its results go.
 struct Norm {
   const float *gain, *shift, *multiply, *add;  // [N]
@@ -435,6 +464,10 @@ void rotate_plain(const float* x, const float* cosines, const float* sines, size
 
 void round_plain(const float* x, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) out[i] = from_bfloat(to_bfloat(x[i]));
+}
+
+void to_bfloats_plain(const float* x, size_t n, uint16_t* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = to_bfloat(x[i]);
 }
 
 // One query by numbers that are rounded to bfloat16, as a prompt is multiplied in: both give the same but for the order in
@@ -1086,6 +1119,23 @@ AVX512 void encode512(const Codes& c, const float* x, size_t n, uint8_t* codes, 
   }
 }
 
+template <bool NATIVE>
+AVX512 void float_tile512(const FloatProduct& p, size_t row, size_t rows, size_t panel) {
+  alignas(64) float sums[kTileRows * kWidth];
+  const uint32_t* weight = p.weight + panel * kWidth * p.pairs;
+  dot_rows512<NATIVE, 4>(rows, p.x + row * p.pairs, p.pairs, weight, kWidth, p.pairs, sums, kWidth);
+  for (size_t i = 0; i < rows; ++i) {
+    for (size_t at = panel * kWidth; at < std::min(p.n, (panel + 1) * kWidth); at += 16) {
+      const __mmask16 in = lanes(p.n - at);
+      const size_t to = (row + i) * p.n + at;
+      const __m512 sum = _mm512_load_ps(sums + i * kWidth + at % kWidth);
+      __m512 y = activate512(_mm512_add_ps(sum, _mm512_maskz_loadu_ps(in, p.bias + at)), p.activation);
+      if (p.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(in, p.residual + to));
+      _mm512_mask_storeu_ps(p.out + to, in, y);
+    }
+  }
+}
+
 AVX512 void to_bfloats512(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; i += 16)
     _mm256_mask_storeu_epi16(out + i, lanes(n - i), bfloats512(_mm512_maskz_loadu_ps(lanes(n - i), x + i)));
@@ -1167,6 +1217,14 @@ void tile(const Product& p, size_t row, size_t rows, size_t panel, const int8_t*
   tile_plain(p, row, rows, panel, weight);
 }
 
+void float_tile(const FloatProduct& p, size_t row, size_t rows, size_t panel) {
+#if HAS_AVX512
+  if (has_vnni())
+    return has_bfloat() ? float_tile512<true>(p, row, rows, panel) : float_tile512<false>(p, row, rows, panel);
+#endif
+  float_tile_plain(p, row, rows, panel);
+}
+
 struct alignas(64) Line {
   int8_t bytes[64];
 };
@@ -1189,6 +1247,7 @@ void multiply_codes(const Product& p, size_t panel) {
 }
 
 constexpr size_t kStretch = 8;  // tiles of rows of a task
+constexpr size_t kFew = 4;      // stretches of tasks where each has one tile
 
 // The same product with its whole weight as int8, which this thread keeps until its next one.
 Product decoded(const Run& run, const Product& p) {
@@ -1203,22 +1262,30 @@ Product decoded(const Run& run, const Product& p) {
   return whole;
 }
 
-// A task is a stretch of tiles of rows by a few panels: their weights stay in the second cache from tile to tile.
-void multiply(const Run& run, const Product& given) {
-  const size_t panels = (given.finish.n + kWidth - 1) / kWidth, tiles = (given.m + kTileRows - 1) / kTileRows;
-  const size_t batches = tiles == 1 ? 4 : kStretches;
-  if (given.weight == nullptr && tiles <= kStretch)
-    return run.parallel(panels, batches, [&](size_t panel) { multiply_codes(given, panel); });
-  const Product p = decoded(run, given);
+// Call work(row, rows, panel) for all tiles of m rows. A task is a stretch of tiles of rows by a few panels: their weights
+// stay in the second cache from tile to tile.
+template <typename Work>
+void by_tiles(const Run& run, size_t m, size_t panels, const Work& work) {
+  const size_t tiles = (m + kTileRows - 1) / kTileRows;
   const size_t group = tiles == 1 ? 1 : std::max<size_t>(1, std::min<size_t>(4, panels / 4));
   const size_t stretches = (tiles + kStretch - 1) / kStretch, groups = (panels + group - 1) / group;
-  run.parallel(groups * stretches, batches, [&](size_t task) {
+  run.parallel(groups * stretches, tiles == 1 ? kFew : kStretches, [&](size_t task) {
     const size_t first = task / stretches * group, last = std::min(first + group, panels);
     const size_t top = task % stretches * kStretch, bottom = std::min(top + kStretch, tiles);
     for (size_t t = top; t < bottom; ++t) {
-      const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
-      for (size_t panel = first; panel < last; ++panel) tile(p, row, rows, panel, p.weight + panel * kWidth * p.k);
+      const size_t row = t * m / tiles, rows = (t + 1) * m / tiles - row;
+      for (size_t panel = first; panel < last; ++panel) work(row, rows, panel);
     }
+  });
+}
+
+void multiply(const Run& run, const Product& given) {
+  const size_t panels = (given.finish.n + kWidth - 1) / kWidth, tiles = (given.m + kTileRows - 1) / kTileRows;
+  if (given.weight == nullptr && tiles <= kStretch)
+    return run.parallel(panels, tiles == 1 ? kFew : kStretches, [&](size_t panel) { multiply_codes(given, panel); });
+  const Product p = decoded(run, given);
+  by_tiles(run, p.m, panels, [&](size_t row, size_t rows, size_t panel) {
+    tile(p, row, rows, panel, p.weight + panel * kWidth * p.k);
   });
 }
 
@@ -1649,17 +1716,43 @@ ort::Status* gated_silu(const Kernel&, const Run& run) {
   return nullptr;
 }
 
+// What comes before a product of float rows: a normalization where there is a gain, and a gate.
+struct FirstStep {
+  Joint norm;
+  bool gated;
+  size_t k;  // of a row behind it
+
+  FirstStep(const Kernel& kernel, const Tensor& x, const Tensor& gain, const Tensor& shift)
+      : norm{x.as<float>(), nullptr, gain.as<float>(), shift.as<float>(), kernel.epsilon, x.last(), nullptr},
+        gated(kernel.gated != 0), k(gated ? x.last() / 2 : x.last()) {}
+
+  bool fits(const Tensor& x, const Tensor& gain, const Tensor& shift) const {
+    return !x.shape.empty() && !(gated && norm.n % 2) && (!gain || gain.size() == norm.n) && (!shift || shift.size() == norm.n);
+  }
+
+  // A row, which is good until this thread asks for its next one.
+  const float* row(size_t index) const {
+    thread_local std::vector<float> scratch;
+    const float* from = norm.a + index * norm.n;
+    if (norm.gain == nullptr && !gated) return from;
+    scratch.resize(norm.n);
+    if (norm.gain) CHOOSE(add_norm512, add_norm_plain)(norm, index, scratch.data());
+    if (gated) CHOOSE(gate512, gate_plain)(norm.gain ? scratch.data() : from, k, scratch.data());
+    return scratch.data();
+  }
+};
+
 // Inputs: x, weight, sums, scales, bias, x_scale, x_zero, gain, shift, residual, levels; all from x_scale on may be missing.
 ort::Status* row_linear(const Kernel& kernel, const Run& run) {
   const Tensor x = run.input(0), weight = run.input(1), sums = run.input(2), scales = run.input(3), bias = run.input(4);
   const Tensor x_scale = run.input(5), x_zero = run.input(6), gain = run.input(7), shift = run.input(8), residual = run.input(9);
   Product p{};
-  const size_t n = static_cast<size_t>(kernel.n), wide = x.last();
+  const FirstStep first(kernel, x, gain, shift);
+  const size_t n = static_cast<size_t>(kernel.n);
   p.m = x.rows();
-  const bool fits = read_weight(weight, run.input(10), kernel.gated ? wide / 2 : wide, n, p);
-  if (!fits || x.shape.empty() || (kernel.gated && wide % 2) || (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) ||
-      sums.size() != n || scales.size() != n || bias.size() != n || (gain && gain.size() != wide) || (shift && shift.size() != wide) ||
-      (residual && residual.size() != p.m * n))
+  if (!read_weight(weight, run.input(10), first.k, n, p) || !first.fits(x, gain, shift) ||
+      (x_scale || x_zero) != (is_single(x_scale) && is_single(x_zero)) || sums.size() != n || scales.size() != n ||
+      bias.size() != n || (residual && residual.size() != p.m * n))
     return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
   thread_local std::vector<uint8_t> codes;
   thread_local std::vector<float> ranges;
@@ -1677,22 +1770,8 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
     p.finish.row_steps = steps;
     p.finish.row_lows = lows;
   }
-  Joint norm{};
-  norm.a = x.as<float>();
-  norm.gain = gain.as<float>();
-  norm.shift = shift.as<float>();
-  norm.epsilon = kernel.epsilon;
-  norm.n = wide;
   by_rows(run, p.m, [&](size_t row) {
-    thread_local std::vector<float> scratch;
-    const float* from = x.as<float>() + row * wide;
-    if (gain || kernel.gated) {
-      scratch.resize(wide);
-      if (gain) CHOOSE(add_norm512, add_norm_plain)(norm, row, scratch.data());
-      if (kernel.gated) CHOOSE(gate512, gate_plain)(gain ? scratch.data() : from, p.k, scratch.data());
-      from = scratch.data();
-    }
-    CHOOSE(encode512, encode_plain)(how, from, p.k, all_codes + row * p.k, steps[row], lows[row]);
+    CHOOSE(encode512, encode_plain)(how, first.row(row), p.k, all_codes + row * p.k, steps[row], lows[row]);
   });
   p.x = all_codes;
   p.finish.sums = sums.as<int32_t>();
@@ -1703,6 +1782,35 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
   p.finish.n = n;
   p.finish.out_float = run.output(0, with_last(x.shape, kernel.n)).as<float>();
   multiply(run, p);
+  return nullptr;
+}
+
+// Inputs: x, weight, bias, gain, shift, residual; all from gain on may be missing.
+ort::Status* float_linear(const Kernel& kernel, const Run& run) {
+  const Tensor x = run.input(0), weight = run.input(1), bias = run.input(2), gain = run.input(3), shift = run.input(4);
+  const Tensor residual = run.input(5);
+  const FirstStep first(kernel, x, gain, shift);
+  FloatProduct p{};
+  p.n = static_cast<size_t>(kernel.n);
+  p.m = x.rows();
+  p.pairs = first.k / 2;
+  const size_t panels = (p.n + kWidth - 1) / kWidth;
+  if (!first.fits(x, gain, shift) || first.k % 2 || weight.size() != panels * kWidth * first.k || bias.size() != p.n ||
+      (residual && residual.size() != p.m * p.n))
+    return run.fault("the inputs of a scalefold::FloatLinear do not fit each other and N");
+  thread_local std::vector<uint32_t> rows;
+  rows.resize(p.m * p.pairs);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(rows.data());
+  by_rows(run, p.m, [&](size_t row) {
+    CHOOSE(to_bfloats512, to_bfloats_plain)(first.row(row), first.k, narrow + row * first.k);
+  });
+  p.x = rows.data();
+  p.weight = weight.as<uint32_t>();
+  p.bias = bias.as<float>();
+  p.residual = residual.as<float>();
+  p.activation = kernel.activation;
+  p.out = run.output(0, with_last(x.shape, kernel.n)).as<float>();
+  by_tiles(run, p.m, panels, [&](size_t row, size_t count, size_t panel) { float_tile(p, row, count, panel); });
   return nullptr;
 }
 
@@ -1820,6 +1928,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       make("LayerNormUint8", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kUint8}, {kFloat, kUint8}, 7, layer_norm_uint8),
       make("AttentionUint8", {kBfloat16, kFloat, kUint8, kFloat}, {kUint8}, 3, attention_uint8),
       make("RowLinear", {kFloat, kInt8, kInt32, kFloat, kFloat, kFloat, kUint8, kFloat, kFloat, kFloat, kInt8}, {kFloat}, 5, row_linear),
+      make("FloatLinear", {kFloat, kBfloat16, kFloat, kFloat, kFloat, kFloat}, {kFloat}, 3, float_linear),
       make("LookUp", {kInt8, kFloat, kInt64, kInt8}, {kFloat}, 3, look_up),
       make("CachedAttention", {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}, {kFloat, kFloat, kFloat}, 4,
            cached_attention),

@@ -170,8 +170,10 @@ def serialize(model: ir.Model, outputs: Sequence[str] | None = None) -> tuple[by
     folder: Path | None = None
     for name, value in copy.graph.initializers.items():
         tensor = value.const_value
-        small = tensor is None or tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8
-        if tensor is None or (small and not isinstance(tensor, ir.ExternalTensor)):
+        if tensor is None:
+            continue
+        inline = tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.BFLOAT16
+        if inline and not isinstance(tensor, ir.ExternalTensor):  # onnxruntime takes no such arrays from numpy
             continue
         if isinstance(tensor, ir.ExternalTensor):
             path = Path(tensor.path).resolve()

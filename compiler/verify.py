@@ -26,7 +26,7 @@ from scalefold.compiler.facts import (
     weight_dequantizer,
 )
 from scalefold.compiler.intake import read_onnx
-from scalefold.compiler.kernel_library import DOMAIN, PRODUCTS, input_channels
+from scalefold.compiler.kernel_library import DOMAIN, FLOAT_PRODUCT, PRODUCTS, input_channels
 from scalefold.compiler.obstacles import Effect, Obstacle, is_block_product, obstacle_of
 from scalefold.compiler.protocol import select
 from scalefold.compiler.runtime import Array, Feed, Session, give_back_memory, optimized_graph
@@ -35,7 +35,7 @@ INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits"}
     | PRODUCTS
 )
-LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", *sorted(INTEGER_KERNELS))
+LINEAR_OPS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", FLOAT_PRODUCT, *sorted(INTEGER_KERNELS))
 Activation = Literal["per-tensor", "two codes", "per-token", "float"]
 EFFECTS: dict[Effect, str] = {
     "missed": "not as an integer kernel",
@@ -227,7 +227,7 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
     array = weight_array(value)
     if value is None or (array is None and not value.is_initializer()):
         return None, False
-    return value, array is not None and array.dtype != np.float32
+    return value, array is not None and array.dtype != np.float32 and node.op_type != FLOAT_PRODUCT
 
 
 def _shape_of(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:

@@ -14,7 +14,16 @@ from scalefold.compiler import graph, layer_names
 from scalefold.compiler.coded_panels import coded_panels
 from scalefold.compiler.decode_chain import evaluate
 from scalefold.compiler.facts import Fact, restored_rows, row_range, weight_array
-from scalefold.compiler.kernel_library import ACTIVATIONS, DOMAIN, HEAD_LANES, LARGEST_HEAD, VERSION, packed_panels
+from scalefold.compiler.kernel_library import (
+    ACTIVATIONS,
+    DOMAIN,
+    FLOAT_PRODUCT,
+    HEAD_LANES,
+    LARGEST_HEAD,
+    VERSION,
+    packed_pairs,
+    packed_panels,
+)
 from scalefold.compiler.last_logits import output_layer_input
 from scalefold.compiler.protocol import Context, Contract, Event, PassResult
 
@@ -59,6 +68,9 @@ class FuseKernels:
     before:  f = RMSNormalization(x, gain), or GatedSilu(x), and nothing else reads f
     after:   RowLinear of x, which does that first
 
+    before:  Add(MatMul(f, W) + b, r)                                              W float [K, N]: what no integers hold
+    after:   FloatLinear(f, panels of W in bfloat16, b, gain, -, r; activation)    with the steps of a RowLinear around it
+
     where 16 numbers a column, or a step times 4 bits, is all that a weight has:
     after:   Linear(q, codes of W, sums of W, t, s, z, b, r, levels)               and so for every product above
 
@@ -87,6 +99,10 @@ class FuseKernels:
                 declined.append(Event(product, reason))
             else:
                 made.append(_linear(model, product, packed, kept))
+        if made:
+            made += [
+                _float_linear(model, product, kept) for product in graph.nodes(model, "MatMul") if _is_float(product)
+            ]
         rewrites = [*attentions, *norms, *made]
         if rewrites:
             graph.require_opset(model, DOMAIN, VERSION)
@@ -406,19 +422,16 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     source, bias, stored = _float_input(product), _bias(product), packed[weight]
     words = [] if stored.levels is None else ["codes of 4 bits"]
     out = product.outputs[0] if source is None else source.end
-    if source is not None and (add := graph.only_consumer(out, "Add")) is not None:
-        offset = _vector(graph.other_input(add, out), attributes["N"])
-        bias, out = (bias, out) if offset is None else (bias + offset, add.outputs[0])
-    if (activation := graph.only_consumer(out)) is not None and (kind := _activation(activation)):
-        attributes["activation"] = ACTIVATIONS.index(kind)
-        out = activation.outputs[0]
-        words.append(kind)
+    if source is not None:
+        bias, out = _biased(out, bias)
+    out = _activated(out, attributes, words)
     biases = graph.add_initializer(model, f"{name}.column_bias", bias)
     follower = graph.only_consumer(out)
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
     to_attention = follower is not None and follower.op_type == "AttentionUint8"
     if source is not None and not ends_in_codes and not to_attention:
-        return _row_linear(product, source, stored, [scales, biases], attributes, words, out, kept)
+        constants = [stored.panels, stored.sums, scales, biases, *source.parameters]
+        return _row_linear("RowLinear", product, source, constants, stored.levels, attributes, words, out, kept)
     inputs = [product.inputs[0], stored.panels, stored.sums, scales, product.inputs[2], product.inputs[4], biases]
     operator, residual = "Linear", _residual(out)
     if follower is not None and ends_in_codes:
@@ -468,11 +481,30 @@ def _residual(out: ir.Value) -> ir.Value | None:
     return other if other is not None and other is not out and graph.same_shape(other, out) else None
 
 
+def _biased(out: ir.Value, bias: Vector) -> tuple[Vector, ir.Value]:
+    """A bias with what else is added to each column, and the value behind that."""
+    add = graph.only_consumer(out, "Add")
+    offset = _vector(graph.other_input(add, out), bias.size) if add is not None else None
+    return (bias, out) if add is None or offset is None else (bias + offset, add.outputs[0])
+
+
+def _activated(out: ir.Value, attributes: dict[str, int | float], words: list[str]) -> ir.Value:
+    """The value behind an activation function that the library has, which is noted; `out` where there is none."""
+    activation = graph.only_consumer(out)
+    kind = _activation(activation) if activation is not None else None
+    if activation is None or kind is None:
+        return out
+    attributes["activation"] = ACTIVATIONS.index(kind)
+    words.append(kind)
+    return activation.outputs[0]
+
+
 def _row_linear(
+    operator: str,
     product: ir.Node,
     source: _FloatInput,
-    weight: _Weight,
-    columns: Sequence[ir.Value],
+    constants: Sequence[ir.Value | None],
+    levels: ir.Value | None,
     attributes: dict[str, int | float],
     words: list[str],
     out: ir.Value,
@@ -489,9 +521,35 @@ def _row_linear(
     if residual is not None:
         out = graph.consumers(out)[0].outputs[0]
         words.append("residual added")
-    inputs = [x, weight.panels, weight.sums, *columns, *source.parameters, gain, None, residual]
-    fused = _in_place("RowLinear", product, inputs, weight.levels, {**attributes, **more}, out)
-    return Event(fused, ", ".join(["RowLinear", *words]))
+    inputs = [x, *constants, gain, None, residual]
+    fused = _in_place(operator, product, inputs, levels, {**attributes, **more}, out)
+    return Event(fused, ", ".join([operator, *words]))
+
+
+def _is_float(product: ir.Node) -> bool:
+    """Whether a product has a constant float weight of its own, and rows of an even number of floats."""
+    x, weight = product.inputs[:2]
+    array = graph.constant(weight)
+    if x is None or weight is None or array is None or array.dtype != np.float32 or array.ndim != 2:
+        return False
+    alone = all(reader.op_type == "MatMul" for reader in graph.consumers(weight)) and (graph.rank(x) or 0) > 1
+    return alone and x.dtype == ir.DataType.FLOAT and array.shape[0] % 2 == 0 and graph.constant(x) is None
+
+
+def _float_linear(model: ir.Model, product: ir.Node, kept: ir.Value | None) -> Event:
+    """A product of floats, what comes right before it, and what comes behind."""
+    weight = np.asarray(graph.constant(product.inputs[1]), dtype=np.float32)
+    name, words, x = product.name or "linear", list[str](), product.inputs[0]
+    assert x is not None
+    attributes: dict[str, int | float] = {"N": weight.shape[1]}
+    bias, out = _biased(product.outputs[0], np.zeros(weight.shape[1], np.float32))
+    out = _activated(out, attributes, words)
+    constants = [
+        graph.add_initializer(model, f"{name}.weight_pairs", packed_pairs(weight)),
+        graph.add_initializer(model, f"{name}.column_bias", bias),
+    ]
+    source = _FloatInput(x, frozenset([product]), (), product.outputs[0])
+    return _row_linear(FLOAT_PRODUCT, product, source, constants, None, attributes, words, out, kept)
 
 
 def _in_place(
@@ -534,7 +592,7 @@ def _operator(
     attributes: Mapping[str, int | float],
     outputs: int = 1,
 ) -> ir.Node:
-    given = [*inputs, *[None] * (LEVELS[kind] - len(inputs)), levels]
+    given = list(inputs) if levels is None else [*inputs, *[None] * (LEVELS[kind] - len(inputs)), levels]
     while given[-1] is None:
         given.pop()
     fused = ir.node(kind, given, dict(attributes), domain=DOMAIN, name=product.name, num_outputs=outputs)

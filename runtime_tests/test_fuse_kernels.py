@@ -10,7 +10,7 @@ import pytest
 
 from scalefold.compiler import graph
 from scalefold.compiler.coded_panels import coded_panels
-from scalefold.compiler.kernel_library import packed_panels
+from scalefold.compiler.kernel_library import packed_pairs, packed_panels
 from scalefold.compiler.protocol import Context
 from scalefold.compiler.runtime import Array, Feed
 from scalefold.compiler.testing import check_pass, coded_weight, parse
@@ -408,6 +408,30 @@ def test_layers_that_share_a_weight_share_its_panels() -> None:
     FuseKernels().run(model, None)  # type: ignore[arg-type]
     first, second = graph.nodes(model, "Linear")
     assert first.inputs[1] is second.inputs[1] and first.inputs[2] is second.inputs[2]
+
+
+def test_a_layer_that_stays_float_runs_in_bfloat16_beside_integer_ones() -> None:
+    weight = np.random.default_rng(7).standard_normal((N, N)).astype(np.float32)
+    pairs = packed_pairs(weight)
+    CONSTANTS.update(E=weight)
+    head = text(P + "e = MatMul(p, E)  l = Add(e, b)  g = Relu(l)  y = Add(g, r)", f"{Q}, {R}")
+    model = parse(head)
+    result = check_pass(FuseKernels(), before=model, feeds=feeds("q r"))
+    assert [event.reason for event in result.rewrites] == ["Linear", "FloatLinear, relu, residual added"]
+    fused = model.clone()
+    FuseKernels().run(fused, Context())
+    (node,) = graph.nodes(fused, "FloatLinear")
+    stored = graph.constant(node.inputs[1])
+    assert stored is not None
+    np.testing.assert_array_equal(stored, pairs)
+    np.testing.assert_array_equal(graph.constant(node.inputs[2]), CONSTANTS["b"])
+    assert node.inputs[5] is not None and node.inputs[5].name == "r"
+    for kept in ("y = MatMul(f, E)", P + "t2 = Gather<axis = 1>(E, ids)  z2 = MatMul(p, E)  y = Add(z2, p)"):
+        inputs = f"float[b, s, {N}] f" if "Gather" not in kept else f"{Q}, int64[n] ids"
+        outputs = f"float[b, s, {N}] y" + (", float[16, n] t2" if "Gather" in kept else "")
+        alone = parse(text(kept, inputs, outputs))  # nothing integer beside it; a table that is looked up
+        FuseKernels().run(alone, Context())
+        assert not graph.nodes(alone, "FloatLinear")
 
 
 TABLE = "WT = Transpose<perm = [1, 0]>(table)  " + P.replace("W,", "WT,").replace("p =", "y =")

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from scalefold.compiler import kernel_library
 from scalefold.compiler.coded_panels import coded_panels
-from scalefold.compiler.kernel_library import ACTIVATIONS, packed_panels, to_bfloat, unpacked_panels
+from scalefold.compiler.kernel_library import ACTIVATIONS, packed_pairs, packed_panels, to_bfloat, unpacked_panels
 from scalefold.compiler.testing import coded_weight
 
 Array = np.ndarray[Any, Any]
@@ -30,17 +30,19 @@ EDGE = 1e-3
 LOWEST = float(np.finfo(np.float32).min)
 ROWS = (*range(1, 14), 100)
 TYPES = {
-    "f": TensorProto.FLOAT, "u": TensorProto.UINT8, "i": TensorProto.INT8, "s": TensorProto.INT32, "l": TensorProto.INT64,
+    "f": TensorProto.FLOAT, "b": TensorProto.BFLOAT16,
+    "u": TensorProto.UINT8, "i": TensorProto.INT8, "s": TensorProto.INT32, "l": TensorProto.INT64,
 }  # fmt: skip
 GIVEN = {
     "Linear": "uisffuffi", "LinearUint8": "uisffuffui", "LinearBfloat16": "uisffufi", "LinearNormUint8": "uisffufffffffui",
     "LayerNormUint8": "ffffffu", "AttentionUint8": "ffuf", "RowLinear": "fisfffufffi", "LookUp": "ifli",
-    "CachedAttention": "ffffffff", "AddNorm": "ffff", "GatedSilu": "f",
+    "FloatLinear": "fbffff", "CachedAttention": "ffffffff", "AddNorm": "ffff", "GatedSilu": "f",
 }  # fmt: skip
 """The inputs of each operator, by type; bfloat16 is given as float."""
 MADE = {
     "Linear": "f", "LinearUint8": "u", "LinearBfloat16": "b", "LinearNormUint8": "fu", "LayerNormUint8": "fu",
-    "AttentionUint8": "u", "RowLinear": "f", "LookUp": "f", "CachedAttention": "fff", "AddNorm": "ff", "GatedSilu": "f",
+    "AttentionUint8": "u", "RowLinear": "f", "LookUp": "f", "FloatLinear": "f",
+    "CachedAttention": "fff", "AddNorm": "ff", "GatedSilu": "f",
 }  # fmt: skip
 """The outputs of each operator, by type."""
 
@@ -57,19 +59,24 @@ def session(library: Path, operator: str, given: tuple[bool, ...], attributes: t
     names = [f"x{index}" if there else "" for index, there in enumerate(given)]
     outputs = [f"y{index}" for index in range(len(MADE[operator]))]
     before, after = [], []
-    if operator == "AttentionUint8":
-        before = [helper.make_node("Cast", ["x0"], ["narrow"], to=TensorProto.BFLOAT16)]
+    narrow = {"AttentionUint8": 0, "FloatLinear": 1}.get(operator)
+    read = list(names)
+    if narrow is not None:
+        before = [helper.make_node("Cast", [names[narrow]], ["narrow"], to=TensorProto.BFLOAT16)]
+        read[narrow] = "narrow"
     made = ["wide"] if MADE[operator] == "b" else outputs
-    node = helper.make_node(
-        operator, ["narrow", *names[1:]] if before else names, made, domain="scalefold", **dict(attributes)
-    )
+    node = helper.make_node(operator, read, made, domain="scalefold", **dict(attributes))
     if made != outputs:
         after = [helper.make_node("Cast", made, outputs, to=TensorProto.FLOAT)]
     types = GIVEN[operator]
     graph = helper.make_graph(
         [*before, node, *after],
         "one",
-        [helper.make_tensor_value_info(n, TYPES[t], None) for n, t in zip(names, types, strict=False) if n],
+        [
+            helper.make_tensor_value_info(n, TYPES[t.replace("b", "f")], None)
+            for n, t in zip(names, types, strict=False)
+            if n
+        ],
         [
             helper.make_tensor_value_info(n, TYPES[t.replace("b", "f")], None)
             for n, t in zip(outputs, MADE[operator], strict=True)
@@ -309,6 +316,38 @@ def check_row_product(got: Array, read: Array, product: Product, given: bool) ->
     wanted = np.maximum(values @ weight * scales + product.bias, 0)
     slack = (on_edge * step) @ np.abs(weight) * scales
     assert np.all(np.abs(got - wanted) <= slack + 2e-5 * max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("before", ["nothing", "rms", "gated"])
+def test_a_product_in_bfloat16(kernels: Path, before: str, activation: str) -> None:
+    for rows, k, n in (((1,), 64, 100), ((2, 5), 98, 64), ((100,), 32, 130), ((13,), 2, 5)):
+        wide = 2 * k if before == "gated" else k
+        x, weight, bias, gain = floats(4, *rows, wide, spread=5), floats(5, k, n), floats(6, n), floats(7, k)
+        more: dict[str, float] = {"N": n, "epsilon": 1e-5, "gated": int(before == "gated")}
+        more["activation"] = ACTIVATIONS.index(activation)
+        pairs, residual = packed_pairs(weight).astype(np.float32), floats(8, *rows, n)
+        inputs = [x, pairs, bias, *([gain] if before == "rms" else [])]
+        (got,) = run(kernels, "FloatLinear", inputs, **more)
+        (added,) = run(kernels, "FloatLinear", [*inputs, *[None] * (5 - len(inputs)), residual], **more)
+        np.testing.assert_array_equal(added, got + residual)
+        read = x.astype(np.float64)
+        if before == "rms":
+            read = normalized(x, 1e-5, centred=False) * gain
+        elif before == "gated":
+            read = activated(read[..., :k], "silu") * read[..., k:]
+        sums = to_bfloat(read.astype(np.float32)).astype(np.float64) @ to_bfloat(weight).astype(np.float64)
+        size = np.abs(read) @ np.abs(weight)  # a float on the edge may be rounded to the other bfloat16
+        slack = 1e-5 * size + (0 if before == "nothing" else BFLOAT * np.abs(read).max() * np.abs(weight).max())
+        assert np.all(np.abs(got - activated(sums + bias, activation)) <= 1.2 * slack + 1e-5)
+
+
+def test_pairs_hold_what_was_packed() -> None:
+    weight = floats(1, 6, 70)
+    pairs = packed_pairs(weight)
+    assert pairs.shape == (2, 3, 64, 2)
+    np.testing.assert_array_equal(pairs[1, 2, 5].astype(np.float32), to_bfloat(weight)[4:6, 69])
+    assert not pairs[1, :, 6:].any()
 
 
 def test_a_row_of_one_number_throughout(kernels: Path) -> None:
@@ -558,6 +597,7 @@ def misfits() -> list[Any]:
     mask, heads = np.zeros((1, 1, 3, 8), np.float32), {"heads": 2, "groups": 2}
     angles = floats(5, 1, 3, 8)
     none = np.zeros(0, np.float32)
+    pairs = packed_pairs(floats(9, 16, 20)).astype(np.float32)
     front, longer = floats(6, 1, 2, 1, 16), np.zeros((1, 1, 3, 9), np.float32)
     wide = Product((3,), 96, 70)
     wide.weight = coded_weight("grouped steps", 96, 70)
@@ -635,6 +675,12 @@ def misfits() -> list[Any]:
         "a zero point and no step": ("RowLinear", [rows, *product.constants, bias, None, point], {"N": 20}),
         "gain of rows": ("RowLinear", [rows, *product.constants, bias, step, point, vector], {"N": 20}),
         "residual of rows": ("RowLinear", [rows, *product.constants, bias, None, None, None, None, vector], {"N": 20}),
+        "pairs of too few rows": ("FloatLinear", [rows[:, :14], pairs, vector], {"N": 20}),
+        "pairs of other columns": ("FloatLinear", [rows, pairs, vector], {"N": 65}),
+        "bias of pairs": ("FloatLinear", [rows, pairs, vector[:19]], {"N": 20}),
+        "gain of pairs": ("FloatLinear", [rows, pairs, vector, vector], {"N": 20}),
+        "residual of pairs": ("FloatLinear", [rows, pairs, vector, None, None, vector], {"N": 20}),
+        "a number in pairs": ("FloatLinear", [one(1), pairs, vector], {"N": 20}),
         "a number of rows": (
             "RowLinear",
             [one(1), np.zeros((0, 4), np.int8), *product.constants[1:], bias],
