@@ -122,7 +122,7 @@ def is_fast(path: Path) -> bool:
     """
     try:
         _require_whole(path)
-        return bool(ctypes.CDLL(str(path)).scalefold_vectorized())
+        return bool(ctypes.CDLL(str(path.absolute())).scalefold_vectorized())
     except (OSError, AttributeError) as error:
         raise SourceError(
             f"it is no library of scalefold's kernels ({error})",
@@ -150,7 +150,7 @@ def register(options: onnxruntime.SessionOptions, path: Path | None = None) -> N
     place = library() if path is None else path
     try:
         _require_whole(place)
-        options.register_custom_ops_library(str(place))
+        options.register_custom_ops_library(str(place.absolute()))  # a bare name is looked up where the system's are
     except Exception as error:  # onnxruntime has a private class for each of its faults, and dlopen says why
         raise SourceError(
             f"the library cannot be loaded ({' '.join(str(error).split())[:200]})",

@@ -25,6 +25,7 @@ import onnxruntime
 from scalefold.compiler.artifact import DATA, MODEL, write_json
 from scalefold.compiler.errors import OutputError, SourceError, needing_packages
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.kernel_library import LIBRARY, register_beside
 from scalefold.compiler.runtime import Array, Feed, session_options
 from scalefold.compiler.tunable_weights import tunable_weights
 
@@ -124,9 +125,9 @@ def load(
     """A session of a compiled model as an adapter changes it; the same kernels at the same speed.
 
     Args:
-        base: the compiled folder.
+        base: the compiled folder, or a fused one.
         adapter: a folder that `scalefold tune` wrote; None for the model as it is.
-        options: of onnxruntime.
+        options: of onnxruntime; a fused folder's library has to be registered in them. None registers it.
 
     Raises:
         SourceError: the folder holds no model, or the adapter belongs to another one.
@@ -236,10 +237,13 @@ def _overridable(base: Path) -> ir.Model:
     model = _open(base)
     weights = tunable_weights(model)
     if not weights:
+        fused = (base / LIBRARY).is_file()
         raise SourceError(
             "it has no scales to tune: no linear layer of it is quantized per column, its embeddings apart",
             where=str(base),
-            remedy="compile it with a recipe that quantizes its linear layers",
+            remedy="give the folder it was fused from"
+            if fused
+            else "compile it with a recipe that quantizes its linear layers",
         )
     for weight in weights:
         model.graph.inputs.extend([weight.scales, *weight.sums])
@@ -263,6 +267,8 @@ def _of_base(folder: Path, base: Path) -> Adapter:
 
 def _session(model: ir.Model, base: Path, options: onnxruntime.SessionOptions | None) -> onnxruntime.InferenceSession:
     chosen = session_options() if options is None else options
+    if options is None:
+        register_beside(chosen, base)  # onnxruntime refuses options in which a library is registered twice
     chosen.add_session_config_entry(FOLDER, str(base.absolute()))
     return onnxruntime.InferenceSession(_bytes(model), chosen, providers=["CPUExecutionProvider"])
 

@@ -15,20 +15,25 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scalefold.compiler import CompileReport, ScalefoldError, compile_model, load, serving
 from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.evaluate import embed, open_folder
+from scalefold.compiler.fusing import fuse_folder
 from scalefold.compiler.generate import Generator
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.kernel_library import LIBRARY
 from scalefold.compiler.runtime import Feed
 from scalefold.compiler.tunable_weights import tunable_weights
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "scripts" / "examples"
 PLACES = ("onnxruntime", "node", "transformers", "sentence-transformers", "fastembed", "infinity")
+WITHOUT_LIBRARY = ("node", "infinity")
+"""The places that give a session no library of operators."""
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 SENTENCES = ["a value of the type", "it returns the name of a file", "numbers"]
 
@@ -45,6 +50,23 @@ def encoder(compiled: dict[str, CompileReport]) -> Path:
     folder = compiled["onnxruntime-cpu"].output
     assert folder is not None
     return folder
+
+
+@pytest.fixture(scope="session")
+def fuse(built_kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Fuse a folder, on any processor."""
+
+    def run(folder: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SCALEFOLD_CACHE", str(built_kernels.parent))
+            return fuse_folder(folder, tmp_path_factory.mktemp("fused") / "folder", any_cpu=True).output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fused_encoder(encoder: Path, fuse: Callable[[Path], Path]) -> Path:
+    return fuse(encoder)
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +122,16 @@ def test_plain_onnxruntime_embeds_as_the_package_does(encoder: Path, example: Ca
     np.testing.assert_allclose(got, embed(session, tokenizer, SENTENCES, lambda: None), atol=1e-5)
 
 
+def test_plain_onnxruntime_embeds_with_a_fused_folder(
+    fused_encoder: Path, example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, tokenizer = open_folder(fused_encoder)
+    wanted = embed(session, tokenizer, SENTENCES, lambda: None)
+    monkeypatch.chdir(fused_encoder)
+    for folder in (fused_encoder, Path()):
+        np.testing.assert_allclose(example("embed_onnxruntime").embed(folder, SENTENCES), wanted, atol=1e-5)
+
+
 def test_onnxruntime_refuses_int32_ids_as_the_page_says(encoder: Path) -> None:
     ids = np.ones((1, 4), dtype=np.int32)
     feed = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
@@ -136,6 +168,25 @@ def test_a_triton_repository_holds_the_model_and_its_ports(
         example("triton_files").write(tmp_path, tmp_path, "none")
 
 
+def test_triton_finds_the_library_by_the_path_of_the_server(
+    fused_encoder: Path, tmp_path: Path, example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = example("triton_files")
+    target = script.write(fused_encoder, tmp_path, "tiny")
+    operators = re.compile(r'^model_operations \{ op_library_filename: "(.+)" \}$', re.MULTILINE)
+    found = operators.findall((target / "config.pbtxt").read_text(encoding="utf-8"))
+    assert found == [str(tmp_path / "tiny" / "1" / LIBRARY)]
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(found[0])  # Triton's backend calls this with the string that it was given
+    onnxruntime.InferenceSession(target / "1" / MODEL, options)
+    monkeypatch.chdir(target / "1")
+    with pytest.raises(Exception, match="cannot open shared object file"):
+        onnxruntime.SessionOptions().register_custom_ops_library(LIBRARY)
+    target = script.write(fused_encoder, tmp_path, "other", served_from=Path("/mnt/models"))
+    text = (target / "config.pbtxt").read_text(encoding="utf-8")
+    assert operators.findall(text) == [f"/mnt/models/other/1/{LIBRARY}"]
+
+
 @pytest.mark.parametrize(("family", "heads"), [("gpt2", 4), ("llama", 2)])
 def test_genai_gets_the_names_and_sizes_of_the_cache(
     decoder_folders: dict[str, Path], tmp_path: Path, example: Callable[[str], ModuleType], family: str, heads: int
@@ -150,6 +201,10 @@ def test_genai_gets_the_names_and_sizes_of_the_cache(
     assert [inner[name] for name in sizes] == [16, 64, 4, 2, heads]
     assert config["model"]["context_length"] == config["search"]["max_length"] == 64
     assert not config["search"]["past_present_share_buffer"]
+    assert inner["session_options"] == {"provider_options": []}
+    (folder / LIBRARY).touch()
+    config = json.loads(example("genai_files").write(folder).read_text(encoding="utf-8"))
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == LIBRARY
 
 
 def test_an_encoder_is_no_model_for_genai(encoder: Path, example: Callable[[str], ModuleType]) -> None:
@@ -232,6 +287,12 @@ def test_texts_and_their_ids_embed_alike(encoder: Path, example: Callable[[str],
     np.testing.assert_array_equal(model.embed(given, None), model.embed(feed, adapter))
     wanted = example("embed_onnxruntime").embed(encoder, SENTENCES)
     np.testing.assert_allclose(model.embed(feed, None), wanted, atol=1e-5)
+
+
+def test_the_server_embeds_with_a_fused_folder(fused_encoder: Path, example: Callable[[str], ModuleType]) -> None:
+    model = example("served_models").EmbeddingModel(fused_encoder, {}, 1)
+    wanted = example("embed_onnxruntime").embed(fused_encoder, SENTENCES)
+    np.testing.assert_allclose(model.embed(*model.prepare({"texts": SENTENCES})), wanted, atol=1e-5)
 
 
 def test_each_request_has_its_adapter(encoder: Path, tmp_path: Path, example: Callable[[str], ModuleType]) -> None:
@@ -332,14 +393,61 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fused_minilm(minilm: Path, fuse: Callable[[Path], Path]) -> Path:
+    return fuse(minilm)
+
+
+@pytest.fixture(scope="module")
+def fused_gpt2(gpt2: Path, fuse: Callable[[Path], Path]) -> Path:
+    return fuse(gpt2)
+
+
+@pytest.fixture(params=["gpt2", "fused_gpt2"])
+def generating(request: pytest.FixtureRequest) -> Path:
+    """A decoder as it was compiled, and fused."""
+    folder = request.getfixturevalue(request.param)
+    assert isinstance(folder, Path)
+    return folder
+
+
+PROMPT = "def read(self, name):"
+
+
+def continuation(folder: Path) -> str:
+    return f"{PROMPT}{Generator(folder).generate([PROMPT], max_new_tokens=24).continuations[0].text}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place_gives_the_same_similarities(
     minilm: Path, place: str, example: Callable[[str], ModuleType]
 ) -> None:
+    assert_similarities(example, place, minilm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in WITHOUT_LIBRARY])
+def test_places_that_take_a_library_give_those_of_a_fused_folder(
+    fused_minilm: Path, place: str, example: Callable[[str], ModuleType]
+) -> None:
+    assert_similarities(example, place, fused_minilm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", WITHOUT_LIBRARY)
+def test_places_that_take_no_library_miss_its_operators(fused_minilm: Path, place: str) -> None:
+    done = run(place, fused_minilm)
+    assert done.returncode != 0
+    assert re.search(r"scalefold:\w+\(-1\) is not a registered function/op", done.stderr + done.stdout)
+    assert "is not a registered function/op" in PAGE
+
+
+def assert_similarities(example: Callable[[str], ModuleType], place: str, folder: Path) -> None:
+    """Check that an example prints what the vectors of plain onnxruntime give."""
     script = example("embed_onnxruntime")
-    vectors = script.embed(minilm, list(script.SENTENCES))
-    done = run(place, minilm)
+    vectors = script.embed(folder, list(script.SENTENCES))
+    done = run(place, folder)
     assert done.returncode == 0, done.stderr
     got = [float(line.split()[0]) for line in done.stdout.splitlines()]
     pairs = ((0, 1), (0, 2), (1, 2))
@@ -347,20 +455,34 @@ def test_every_place_gives_the_same_similarities(
 
 
 @pytest.mark.slow
-def test_genai_continues_as_the_package_does(gpt2: Path) -> None:
-    prompt = "def read(self, name):"
-    assert run("genai-files", gpt2).returncode == 0
-    done = run("genai", gpt2, prompt, 24)
+def test_genai_continues_as_the_package_does(generating: Path) -> None:
+    assert run("genai-files", generating).returncode == 0
+    done = run("genai", generating, PROMPT, 24)
     assert done.returncode == 0, done.stderr
-    wanted = Generator(gpt2).generate([prompt], max_new_tokens=24).continuations[0].text
-    assert done.stdout == f"{prompt}{wanted}\n"
+    assert done.stdout == continuation(generating)
 
 
 @pytest.mark.slow
-def test_the_files_fit_the_published_schemas(minilm: Path, gpt2: Path, tmp_path: Path) -> None:
-    for name, folder in (("minilm", minilm), ("gpt2", gpt2)):
-        assert run("triton-files", folder, tmp_path / "repository", name).returncode == 0
-        assert f"{name} is valid" in run("check-triton", tmp_path / "repository" / name).stdout
+def test_optimum_continues_as_the_package_does(generating: Path) -> None:
+    done = run("optimum", generating, PROMPT, 24)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == continuation(generating)
+
+
+@pytest.mark.slow
+def test_the_server_continues_as_the_package_does(generating: Path, example: Callable[[str], ModuleType]) -> None:
+    model = example("served_models").GenerationModel(generating, {}, 1)
+    found = model.generate(*model.prepare({"prompt": PROMPT, "max_new_tokens": 24}))
+    assert f"{PROMPT}{found['text']}\n" == continuation(generating)
+
+
+@pytest.mark.slow
+def test_the_files_fit_the_published_schemas(minilm: Path, gpt2: Path, fused_minilm: Path, tmp_path: Path) -> None:
+    for name, folder in (("minilm", minilm), ("gpt2", gpt2), ("fused", fused_minilm)):
+        assert run("triton-files", folder, tmp_path / "repository", name, "--served-from", "/models").returncode == 0
+        told = run("check-triton", tmp_path / "repository" / name).stdout
+        assert f"{name} is valid" in told
+        assert (f"library /models/{name}/1/{LIBRARY}\n" in told) == (name == "fused")
     config = tmp_path / "repository" / "minilm" / "config.pbtxt"
     config.write_text(config.read_text(encoding="utf-8").replace("dims", "sizes", 1), encoding="utf-8")
     assert 'no field named "sizes"' in run("check-triton", config.parent).stderr

@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from scalefold.compiler import CompileReport, artifact, compile_model, fusing, kernel_library, verify
+from scalefold.compiler import (
+    AdapterSession,
+    CompileReport,
+    artifact,
+    compile_model,
+    fusing,
+    kernel_library,
+    load,
+    verify,
+)
 from scalefold.compiler.decoder import LOGITS, decoder_of
 from scalefold.compiler.errors import GraphError, OutputError, ScalefoldError, SourceError
 from scalefold.compiler.export import export_model
@@ -367,6 +377,30 @@ def test_a_damaged_library_beside_the_model(earlier: Path, cli: Cli) -> None:
     done = cli("verify", earlier)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the library cannot be loaded" in done.stderr
+
+
+def test_a_folder_that_is_the_current_one(
+    encoder: Fused, fresh_feeds: list[Feed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = Session(encoder.after / artifact.MODEL).run(fresh_feeds[0])
+    monkeypatch.chdir(encoder.after)
+    for folder in (Path(), Path(os.curdir)):
+        got = Session(folder / artifact.MODEL).run(fresh_feeds[0])
+        np.testing.assert_array_equal(got["last_hidden_state"], wanted["last_hidden_state"])
+
+
+def test_load_opens_it_with_its_library(encoder: Fused, fresh_feeds: list[Feed]) -> None:
+    wanted = Session(encoder.after / artifact.MODEL).run(fresh_feeds[0])["last_hidden_state"]
+    own = onnxruntime.SessionOptions()
+    kernel_library.register_beside(own, encoder.after)
+    for options in (None, own):
+        got = load(encoder.after, options=options).run(["last_hidden_state"], dict(fresh_feeds[0]))[0]
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_adapters_want_the_folder_it_was_fused_from(encoder: Fused) -> None:
+    with pytest.raises(SourceError, match=r"it has no scales to tune: .*; give the folder it was fused from"):
+        AdapterSession(encoder.after)
 
 
 def test_a_model_without_its_library(earlier: Path, cli: Cli) -> None:

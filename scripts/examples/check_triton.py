@@ -18,4 +18,6 @@ if __name__ == "__main__":
     for kind, ports in (("input", config.input), ("output", config.output)):
         for port in ports:
             print(f"{kind} {port.name} {types.Name(port.data_type)} {list(port.dims)}")
+    for library in config.model_operations.op_library_filename:
+        print(f"library {library}")
     print(f"{config.name} is valid: backend {config.backend}, batches of at most {config.max_batch_size}")

@@ -1,7 +1,7 @@
 """Sentence embeddings with nothing but onnxruntime, tokenizers and numpy: `embed_onnxruntime.py FOLDER`.
 
 The graph takes int64 ids and gives token states [B,S,384]; their mean over the tokens that are no padding, at length 1, is
-the embedding.
+the embedding. A fused folder brings its operators in a library, which the session is told of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime
 from tokenizers import Tokenizer
 
+LIBRARY = "scalefold_kernels.so"
 SENTENCES = ("A man is playing a guitar.", "Someone plays an instrument.", "The market fell by two percent.")
 
 
@@ -28,7 +29,10 @@ def embed(folder: Path, sentences: list[str]) -> npt.NDArray[np.float32]:
         "attention_mask": np.array([entry.attention_mask for entry in encoded], dtype=np.int64),
         "token_type_ids": np.array([entry.type_ids for entry in encoded], dtype=np.int64),
     }
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if (folder / LIBRARY).is_file():
+        options.register_custom_ops_library(str((folder / LIBRARY).absolute()))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     states = session.run(["last_hidden_state"], feed)[0]
     weights = feed["attention_mask"][..., None].astype(np.float32)
     means = (states * weights).sum(axis=1) / weights.sum(axis=1)

@@ -1,7 +1,8 @@
-"""Write `genai_config.json` into a compiled decoder's folder, for onnxruntime-genai: `genai_files.py FOLDER`.
+"""Write `genai_config.json` into the folder of a compiled or fused decoder, for onnxruntime-genai: `genai_files.py FOLDER`.
 
 onnxruntime-genai fills the inputs by the names that this file gives, so the graph stays as it is. Sizes are read from the
-graph and config.json; the tokens that end a text from generation_config.json, or else from config.json.
+graph and config.json; the tokens that end a text from generation_config.json, or else from config.json. The library of
+a fused folder is named as `custom_ops_library`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from scalefold.compiler.artifact import MODEL, write_json
 from scalefold.compiler.decoder import LOGITS, Decoder, decoder_of, position_limit
 from scalefold.compiler.errors import ScalefoldError, SourceError
+from scalefold.compiler.kernel_library import LIBRARY
 
 CONFIG = "genai_config.json"
 DEFAULT_LIMIT = 2048
@@ -32,7 +34,10 @@ def write(folder: Path) -> Path:
     if not (folder / MODEL).is_file():
         raise SourceError(f"there is no {MODEL} in it", where=str(folder), remedy="give a compiled decoder")
     decoder = decoder_of(ir.load(folder / MODEL), str(folder))
-    write_json(folder / CONFIG, genai_config(decoder, _read(folder, "config.json"), _ends(folder), _limit(folder)))
+    config = genai_config(decoder, _read(folder, "config.json"), _ends(folder), _limit(folder))
+    if (folder / LIBRARY).is_file():  # a name alone is looked up in the folder
+        config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+    write_json(folder / CONFIG, config)
     return folder / CONFIG
 
 

@@ -40,6 +40,7 @@ EXAMPLES = {
     "node": Example("embed_node.mjs", "node"),
     "transformers": Example("embed_transformers.py"),
     "sentence-transformers": Example("embed_sentence_transformers.py", "optimum"),
+    "optimum": Example("generate_optimum.py", "optimum"),
     "fastembed": Example("embed_fastembed.py", "fastembed"),
     "infinity": Example("embed_infinity.py", "optimum"),
     "genai-files": Example("genai_files.py"),

@@ -19,6 +19,7 @@ from scalefold.compiler import AdapterSession, load
 from scalefold.compiler.artifact import MODEL
 from scalefold.compiler.decoder import LOGITS, decoder_of, position_limit
 from scalefold.compiler.errors import SourceError
+from scalefold.compiler.kernel_library import register_beside
 from scalefold.compiler.runtime import Array, Feed, session_options
 from scalefold.compiler.serving import base_digest, read_adapter
 
@@ -63,7 +64,7 @@ class Served:
     """A session of a folder with its adapters, which every request chooses from.
 
     Args:
-        folder: a compiled folder, or a float export when there are no adapters.
+        folder: a compiled folder, or a fused one or a float export when there are no adapters.
         adapters: folders that `scalefold tune --train scales` wrote, by the name that requests use.
         threads: intra-op threads; 0 lets onnxruntime choose.
 
@@ -73,6 +74,7 @@ class Served:
 
     def __init__(self, folder: Path, adapters: Mapping[str, Path], threads: int) -> None:
         options = session_options(threads=threads)
+        register_beside(options, folder)
         self.adapters = frozenset(adapters)
         if not adapters:  # a float export has no scales that an adapter could change
             plain = load(folder, options=options)

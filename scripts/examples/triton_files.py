@@ -1,8 +1,12 @@
-"""Lay a compiled folder out as a Triton model repository: `triton_files.py FOLDER REPOSITORY NAME`.
+"""Lay a compiled or fused folder out as a Triton model repository: `triton_files.py FOLDER REPOSITORY NAME`.
 
     REPOSITORY/NAME/config.pbtxt        inputs, outputs and sizes, read from the graph
     REPOSITORY/NAME/1/model.onnx        copies: onnxruntime and onnx refuse weights behind links that lead elsewhere
     REPOSITORY/NAME/1/model.onnx.data
+    REPOSITORY/NAME/1/scalefold_kernels.so    of a fused folder
+
+config.pbtxt names that library, and Triton hands the name to the system's loader as it is: it has to be its path where
+the server runs, below `--served-from`, the repository's path there.
 
 KServe's Triton runtime takes the same layout. Tokenizing stays with the client: Triton gets ids and gives tensors.
 """
@@ -18,6 +22,7 @@ import onnx_ir as ir
 
 from scalefold.compiler.artifact import DATA, MODEL
 from scalefold.compiler.errors import OutputError, ScalefoldError, SourceError
+from scalefold.compiler.kernel_library import LIBRARY
 from scalefold.compiler.runtime import inputs_of
 
 VERSION = "1"
@@ -32,15 +37,24 @@ TYPES = {
 }
 
 
-def write(folder: Path, repository: Path, name: str, *, max_batch: int = MAX_BATCH, threads: int = 0) -> Path:
+def write(
+    folder: Path,
+    repository: Path,
+    name: str,
+    *,
+    max_batch: int = MAX_BATCH,
+    threads: int = 0,
+    served_from: Path | None = None,
+) -> Path:
     """Write the model's folder of the repository and return its path.
 
     Args:
-        folder: a compiled folder.
+        folder: a compiled or fused folder.
         repository: may hold other models.
         name: of the model in requests.
         max_batch: Triton refuses larger batches.
         threads: intra-op threads of onnxruntime; 0 lets it choose.
+        served_from: the repository's absolute path where the server runs; the same as here when None.
 
     Raises:
         SourceError: the folder holds no model.
@@ -55,6 +69,10 @@ def write(folder: Path, repository: Path, name: str, *, max_batch: int = MAX_BAT
     for file in (MODEL, DATA):
         shutil.copyfile(folder / file, target / VERSION / file)
     text = config(ir.load(folder / MODEL), name, max_batch=max_batch, threads=threads)
+    if (folder / LIBRARY).is_file():
+        shutil.copyfile(folder / LIBRARY, target / VERSION / LIBRARY)
+        place = (served_from or repository.absolute()) / name / VERSION / LIBRARY
+        text += f'model_operations {{ op_library_filename: "{place}" }}\n'
     (target / "config.pbtxt").write_text(text, encoding="utf-8")
     return target
 
@@ -89,10 +107,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("name")
     parser.add_argument("--max-batch", type=int, default=MAX_BATCH)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--served-from", type=Path)
     options = parser.parse_args(arguments)
     try:
         print(write(options.folder, options.repository, options.name,
-                    max_batch=options.max_batch, threads=options.threads))  # fmt: skip
+                    max_batch=options.max_batch, threads=options.threads, served_from=options.served_from))  # fmt: skip
     except ScalefoldError as error:
         sys.exit(f"error {error}")
 
