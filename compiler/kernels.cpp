@@ -101,6 +101,13 @@ namespace {
 
 using ort::Table;
 
+// Memory for `count` elements that a thread keeps. It never shrinks: what grows again is filled with zeros first.
+template <typename T>
+T* at_least(std::vector<T>& room, size_t count) {
+  if (room.size() < count) room.resize(count);
+  return room.data();
+}
+
 struct Tensor {
   void* data = nullptr;
   std::vector<int64_t> shape;
@@ -393,8 +400,7 @@ struct Head {
 };
 
 void attend_plain(const Head& h, std::vector<uint32_t>& scratch) {
-  scratch.resize(h.keys + h.size);
-  float *scores = reinterpret_cast<float*>(scratch.data()), *sums = scores + h.keys;
+  float *scores = reinterpret_cast<float*>(at_least(scratch, h.keys + h.size)), *sums = scores + h.keys;
   for (size_t i = h.first; i < h.last; ++i) {
     float largest = -FLT_MAX, total = 0;
     for (size_t j = 0; j < h.keys; ++j) {
@@ -1026,8 +1032,7 @@ AVX512 void pack512(const Packed& to, const Rows<Number>& k, const Rows<Number>&
 template <bool NATIVE>
 AVX512 void attend512(const Head& h, const Packed& packed, std::vector<uint32_t>& scratch) {
   const size_t padded = (h.keys + 15) / 16 * 16, pairs = padded / 2, half = h.size / 2;
-  scratch.resize(kTileRows * (2 * padded + pairs + h.size));
-  uint32_t* shares = scratch.data();
+  uint32_t* shares = at_least(scratch, kTileRows * (2 * padded + pairs + h.size));
   float* scores = reinterpret_cast<float*>(shares + kTileRows * pairs);
   float *raised = scores + kTileRows * padded, *sums = raised + kTileRows * padded;
   for (size_t i = h.first; i < h.last; i += kTileRows) {
@@ -1180,8 +1185,7 @@ void attend(const Head& head) {
   thread_local std::vector<uint32_t> room;
 #if HAS_AVX512
   if (has_vnni()) {
-    room.resize(Packed::size_of(head.keys, head.size));
-    const Packed packed(room.data(), head.keys, head.size);
+    const Packed packed(at_least(room, Packed::size_of(head.keys, head.size)), head.keys, head.size);
     const Rows<uint16_t> k{nullptr, head.k, 0, head.stride}, v{nullptr, head.v, 0, head.stride};
     pack512(packed, k, v, nullptr, head.keys, head.size);
     return attend_packed(head, packed);
@@ -1229,38 +1233,25 @@ struct alignas(64) Line {
   int8_t bytes[64];
 };
 
-// All rows by a panel of codes.
-void multiply_codes(const Product& p, size_t panel) {
+// Tiles [top, bottom) of all `tiles` by a panel of codes, which are decoded where the cache is this thread's own.
+void multiply_codes(const Product& p, size_t panel, size_t top, size_t bottom, size_t tiles) {
 #if HAS_AVX512
   if (p.m == 1 && has_vnni())
     return p.coded.tables ? coded_row512<true>(p, 0, panel) : coded_row512<false>(p, 0, panel);
 #endif
   thread_local std::vector<Line> room;
-  room.resize(p.k);
-  int8_t* weight = room.data()->bytes;
+  int8_t* weight = at_least(room, p.k)->bytes;
   CHOOSE(decode512, decode_plain)(p, panel, weight);
-  const size_t tiles = (p.m + kTileRows - 1) / kTileRows;
-  for (size_t t = 0; t < tiles; ++t) {
+  for (size_t t = top; t < bottom; ++t) {
     const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
     tile(p, row, rows, panel, weight);
   }
 }
 
-constexpr size_t kStretch = 8;  // tiles of rows of a task
-constexpr size_t kFew = 4;      // stretches of tasks where each has one tile
-
-// The same product with its whole weight as int8, which this thread keeps until its next one.
-Product decoded(const Run& run, const Product& p) {
-  if (p.weight != nullptr) return p;
-  thread_local std::vector<Line> room;
-  const size_t panels = (p.finish.n + kWidth - 1) / kWidth;
-  room.resize(panels * p.k);
-  int8_t* out = room.data()->bytes;
-  run.parallel(panels, kStretches, [&](size_t panel) { CHOOSE(decode512, decode_plain)(p, panel, out + panel * kWidth * p.k); });
-  Product whole = p;
-  whole.weight = out;
-  return whole;
-}
+constexpr size_t kStretch = 8;        // tiles of rows of a task
+constexpr size_t kLongStretch = 20;   // the least of one that decodes its panel
+constexpr size_t kTasks = 16;         // about as many of those as there are
+constexpr size_t kFew = 4;            // stretches of tasks where each has one tile
 
 // Call work(row, rows, panel) for all tiles of m rows. A task is a stretch of tiles of rows by a few panels: their weights
 // stay in the second cache from tile to tile.
@@ -1279,11 +1270,15 @@ void by_tiles(const Run& run, size_t m, size_t panels, const Work& work) {
   });
 }
 
-void multiply(const Run& run, const Product& given) {
-  const size_t panels = (given.finish.n + kWidth - 1) / kWidth, tiles = (given.m + kTileRows - 1) / kTileRows;
-  if (given.weight == nullptr && tiles <= kStretch)
-    return run.parallel(panels, tiles == 1 ? kFew : kStretches, [&](size_t panel) { multiply_codes(given, panel); });
-  const Product p = decoded(run, given);
+void multiply(const Run& run, const Product& p) {
+  const size_t panels = (p.finish.n + kWidth - 1) / kWidth, tiles = (p.m + kTileRows - 1) / kTileRows;
+  if (p.weight == nullptr) {  // long stretches, as each decodes its panel anew
+    const size_t stretches = std::max<size_t>(1, std::min(tiles / kLongStretch, kTasks / panels + 1));
+    return run.parallel(panels * stretches, tiles == 1 ? kFew : kStretches, [&](size_t task) {
+      const size_t part = task % stretches;
+      multiply_codes(p, task / stretches, part * tiles / stretches, (part + 1) * tiles / stretches, tiles);
+    });
+  }
   by_tiles(run, p.m, panels, [&](size_t row, size_t rows, size_t panel) {
     tile(p, row, rows, panel, p.weight + panel * kWidth * p.k);
   });
@@ -1420,21 +1415,18 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
   p.finish.residual = residual.as<float>();
   const size_t tiles = (p.m + kTileRows - 1) / kTileRows, panels = (n + kWidth - 1) / kWidth;
   thread_local std::vector<float> scratch;
-  if (tiles < 4) {  // too few rows to share: threads share the columns
-    scratch.resize(p.m * n);
-    p.finish.out_float = scratch.data();
+  if (tiles < 4 || p.weight == nullptr) {  // too few rows to share, or each would decode all columns: threads share those
+    const float* rows = p.finish.out_float = at_least(scratch, p.m * n);
     multiply(run, p);
-    for (size_t i = 0; i < p.m; ++i) normalize(norm, i, scratch.data() + i * n);
+    by_rows(run, p.m, [&](size_t row) { normalize(norm, row, rows + row * n); });
     return nullptr;
   }
-  p = decoded(run, p);
   const size_t stretch = std::min<size_t>(4, (tiles + 3) / 4);  // rows whose sums the second cache holds
   run.parallel((tiles + stretch - 1) / stretch, kStretches, [&](size_t task) {
     const size_t top = task * stretch, bottom = std::min(top + stretch, tiles);
     const size_t first = top * p.m / tiles, last = bottom * p.m / tiles;
-    scratch.resize((last - first) * n);
     Product mine = p;
-    mine.finish.out_float = scratch.data();
+    mine.finish.out_float = at_least(scratch, (last - first) * n);
     mine.finish.out_first = first;
     for (size_t panel = 0; panel < panels; ++panel) {
       for (size_t t = top; t < bottom; ++t) {
@@ -1556,7 +1548,7 @@ struct Seen {
     if (left == 0 || left == count) return;
     for (size_t j = 0; j < count; ++j)
       if (seen[j]) keys.push_back(static_cast<uint32_t>(j));
-    own.resize(c.tokens * keys.size());
+    at_least(own, c.tokens * keys.size());
     for (size_t s = 0; s < c.tokens; ++s)
       for (size_t j = 0; j < keys.size(); ++j) own[s * keys.size() + j] = mask[s * stride + keys[j]];
     mask = own.data();
@@ -1570,8 +1562,8 @@ struct Seen {
 void attend_queries(const Cached& c, size_t b, size_t head, size_t first, size_t rows, const Packed& packed, const Seen& seen) {
   thread_local std::vector<uint16_t> queries;
   thread_local std::vector<float> rotated;
-  queries.resize(rows * c.size);
-  rotated.resize(c.size);
+  at_least(queries, rows * c.size);
+  at_least(rotated, c.size);
   for (size_t s = 0; s < rows; ++s) {
     query(c, b, first + s, head, rotated.data());
     to_bfloats512(rotated.data(), c.size, queries.data() + s * c.size);
@@ -1600,10 +1592,8 @@ void attend_cached512(const Run& run, const Cached& c) {
   const bool few = c.tokens < 8;  // then one thread does all of a head of keys, and need not wait for the others
   thread_local std::vector<uint32_t> room;
   thread_local std::vector<Seen> sequences;
-  room.resize(c.batch * c.groups * each);
-  sequences.resize(c.batch);
-  uint32_t* packed_heads = room.data();
-  Seen* seen = sequences.data();
+  uint32_t* packed_heads = at_least(room, c.batch * c.groups * each);
+  Seen* seen = at_least(sequences, c.batch);
   for (size_t b = 0; b < c.batch; ++b) seen[b].find(c, b);
   run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
     const size_t b = task / c.groups, g = task % c.groups;
@@ -1627,7 +1617,7 @@ void attend_cached_plain(const Run& run, const Cached& c) {
   run.parallel(c.batch * c.groups, kStretches, [&](size_t task) {
     const size_t b = task / c.groups, g = task % c.groups, shared = c.heads / c.groups;
     thread_local std::vector<float> scratch;
-    scratch.resize(c.total() + c.size);
+    at_least(scratch, c.total() + c.size);
     extend(c, b, g);
     const Rows<float> k = c.keys(b, g), v = c.values(b, g);
     for (size_t s = 0; s < c.tokens; ++s) {
@@ -1735,7 +1725,7 @@ struct FirstStep {
     thread_local std::vector<float> scratch;
     const float* from = norm.a + index * norm.n;
     if (norm.gain == nullptr && !gated) return from;
-    scratch.resize(norm.n);
+    at_least(scratch, norm.n);
     if (norm.gain) CHOOSE(add_norm512, add_norm_plain)(norm, index, scratch.data());
     if (gated) CHOOSE(gate512, gate_plain)(norm.gain ? scratch.data() : from, k, scratch.data());
     return scratch.data();
@@ -1756,10 +1746,8 @@ ort::Status* row_linear(const Kernel& kernel, const Run& run) {
     return run.fault("the inputs of a scalefold::RowLinear do not fit each other and N");
   thread_local std::vector<uint8_t> codes;
   thread_local std::vector<float> ranges;
-  codes.resize(p.m * p.k);
-  ranges.resize(2 * p.m);
-  uint8_t* all_codes = codes.data();
-  float *steps = ranges.data(), *lows = steps + p.m;
+  uint8_t* all_codes = at_least(codes, p.m * p.k);
+  float *steps = at_least(ranges, 2 * p.m), *lows = steps + p.m;
   Codes how{!x_scale, 0, 0};
   if (x_scale) {
     how.inverse = 1.0f / scalar(x_scale);
@@ -1799,8 +1787,7 @@ ort::Status* float_linear(const Kernel& kernel, const Run& run) {
       (residual && residual.size() != p.m * p.n))
     return run.fault("the inputs of a scalefold::FloatLinear do not fit each other and N");
   thread_local std::vector<uint32_t> rows;
-  rows.resize(p.m * p.pairs);
-  uint16_t* narrow = reinterpret_cast<uint16_t*>(rows.data());
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(at_least(rows, p.m * p.pairs));
   by_rows(run, p.m, [&](size_t row) {
     CHOOSE(to_bfloats512, to_bfloats_plain)(first.row(row), first.k, narrow + row * first.k);
   });
