@@ -545,22 +545,34 @@ void look_up_plain(const int8_t* panels, size_t k, size_t row, float scale, floa
     for (size_t j = 0; j < 4; ++j) out[i + j] = static_cast<float>(from[i * kWidth + j]) * scale;
 }
 
+// Where the codes of one row of a table lie in each block of its columns, and what they stand for there.
+struct CodedRow {
+  const Coded& c;
+  size_t panel, column, v, l, blocks;
+
+  CodedRow(const Coded& coded, size_t k, size_t row)
+      : c(coded), panel(row / kWidth), column(row % kWidth), v(column / 16 * 4 + column % 4), l(column % 16 / 4),
+        blocks(k / kBlock) {}
+
+  const uint8_t* codes(size_t block) const { return c.codes + ((panel * blocks + block) * kVectors + v) * 64 + l * 16; }
+  void values(size_t block, int32_t* levels) const {
+    const size_t at = panel * c.groups + block / (blocks / c.groups);
+    for (size_t code = 0; code < kLevels; ++code)
+      levels[code] = c.tables ? c.levels[(at * kVectors + v) * 64 + l * kLevels + code]
+                              : (static_cast<int>(code) - 8) * c.levels[at * kWidth + column];
+  }
+};
+
 // The same of a table in codes.
-void look_up_coded(const Coded& c, size_t k, size_t row, float scale, float* out) {
-  const size_t panel = row / kWidth, column = row % kWidth, blocks = k / kBlock;
-  const size_t v = column / 16 * 4 + column % 4, l = column % 16 / 4;
-  float values[kLevels];
-  for (size_t b = 0; b < blocks; ++b, out += kBlock) {
-    const size_t at = panel * c.groups + b / (blocks / c.groups);
-    for (size_t code = 0; code < kLevels; ++code) {
-      const int level = c.tables ? c.levels[(at * kVectors + v) * 64 + l * kLevels + code]
-                                 : (static_cast<int>(code) - 8) * c.levels[at * kWidth + column];
-      values[code] = static_cast<float>(level) * scale;
-    }
-    const uint8_t* codes = c.codes + ((panel * blocks + b) * kVectors + v) * 64 + l * 16;
+void look_up_coded_plain(const Coded& c, size_t k, size_t row, float scale, float* out) {
+  const CodedRow from(c, k, row);
+  int32_t levels[kLevels];
+  for (size_t b = 0; b < from.blocks; ++b, out += kBlock) {
+    if (b % (from.blocks / c.groups) == 0) from.values(b, levels);
+    const uint8_t* codes = from.codes(b);
     for (size_t r = 0; r < 16; ++r) {
-      out[r] = values[codes[r] & 15];
-      out[16 + r] = values[codes[r] >> 4];
+      out[r] = static_cast<float>(levels[codes[r] & 15]) * scale;
+      out[16 + r] = static_cast<float>(levels[codes[r] >> 4]) * scale;
     }
   }
 }
@@ -759,6 +771,21 @@ AVX512 void decode512(const Product& p, size_t panel, int8_t* out) {
         _mm512_storeu_si512(to + 12 * kWidth, _mm512_unpackhi_epi64(d, f));
       }
     }
+  }
+}
+
+AVX512 void look_up_coded512(const Coded& c, size_t k, size_t row, float scale, float* out) {
+  const CodedRow from(c, k, row);
+  alignas(64) int32_t levels[kLevels];
+  __m512 values = _mm512_setzero_ps();
+  for (size_t b = 0; b < from.blocks; ++b, out += kBlock) {
+    if (b % (from.blocks / c.groups) == 0) {
+      from.values(b, levels);
+      values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(levels)), _mm512_set1_ps(scale));
+    }
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from.codes(b))));
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(codes, values));  // which reads the lower 4 bits alone
+    _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values));
   }
 }
 
@@ -1233,15 +1260,22 @@ struct alignas(64) Line {
   int8_t bytes[64];
 };
 
-// Tiles [top, bottom) of all `tiles` by a panel of codes, which are decoded where the cache is this thread's own.
+// A panel of a weight as int8; codes are decoded where the cache is this thread's own.
+const int8_t* panel_of(const Product& p, size_t panel) {
+  if (p.weight != nullptr) return p.weight + panel * kWidth * p.k;
+  thread_local std::vector<Line> room;
+  int8_t* out = at_least(room, p.k)->bytes;
+  CHOOSE(decode512, decode_plain)(p, panel, out);
+  return out;
+}
+
+// Tiles [top, bottom) of all `tiles` by a panel of codes.
 void multiply_codes(const Product& p, size_t panel, size_t top, size_t bottom, size_t tiles) {
 #if HAS_AVX512
   if (p.m == 1 && has_vnni())
     return p.coded.tables ? coded_row512<true>(p, 0, panel) : coded_row512<false>(p, 0, panel);
 #endif
-  thread_local std::vector<Line> room;
-  int8_t* weight = at_least(room, p.k)->bytes;
-  CHOOSE(decode512, decode_plain)(p, panel, weight);
+  const int8_t* weight = panel_of(p, panel);
   for (size_t t = top; t < bottom; ++t) {
     const size_t row = t * p.m / tiles, rows = (t + 1) * p.m / tiles - row;
     tile(p, row, rows, panel, weight);
@@ -1249,8 +1283,8 @@ void multiply_codes(const Product& p, size_t panel, size_t top, size_t bottom, s
 }
 
 constexpr size_t kStretch = 8;        // tiles of rows of a task
-constexpr size_t kLongStretch = 20;   // the least of one that decodes its panel
-constexpr size_t kTasks = 16;         // about as many of those as there are
+constexpr size_t kLongStretch = 24;   // the least of one that decodes its panel
+constexpr size_t kTasks = 8;          // about as many of those as there are
 constexpr size_t kFew = 4;            // stretches of tasks where each has one tile
 
 // Call work(row, rows, panel) for all tiles of m rows. A task is a stretch of tiles of rows by a few panels: their weights
@@ -1415,13 +1449,16 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
   p.finish.residual = residual.as<float>();
   const size_t tiles = (p.m + kTileRows - 1) / kTileRows, panels = (n + kWidth - 1) / kWidth;
   thread_local std::vector<float> scratch;
-  if (tiles < 4 || p.weight == nullptr) {  // too few rows to share, or each would decode all columns: threads share those
+  const bool coded = p.weight == nullptr;  // then tasks are few, as each decodes all columns
+  if (tiles < (coded ? 2 * kLongStretch : 4)) {  // too few rows to share: threads share the columns
     const float* rows = p.finish.out_float = at_least(scratch, p.m * n);
     multiply(run, p);
     by_rows(run, p.m, [&](size_t row) { normalize(norm, row, rows + row * n); });
     return nullptr;
   }
-  const size_t stretch = std::min<size_t>(4, (tiles + 3) / 4);  // rows whose sums the second cache holds
+  const size_t most = coded ? kLongStretch : 4;  // rows whose sums the second cache holds
+  const size_t parts = kTasks * ((tiles + kTasks * most - 1) / (kTasks * most));
+  const size_t stretch = coded ? (tiles + parts - 1) / parts : std::min(most, (tiles + 3) / 4);
   run.parallel((tiles + stretch - 1) / stretch, kStretches, [&](size_t task) {
     const size_t top = task * stretch, bottom = std::min(top + stretch, tiles);
     const size_t first = top * p.m / tiles, last = bottom * p.m / tiles;
@@ -1429,9 +1466,10 @@ ort::Status* linear_norm_uint8(const Kernel& kernel, const Run& run) {
     mine.finish.out_float = at_least(scratch, (last - first) * n);
     mine.finish.out_first = first;
     for (size_t panel = 0; panel < panels; ++panel) {
+      const int8_t* weight = panel_of(p, panel);
       for (size_t t = top; t < bottom; ++t) {
         const size_t row = t * p.m / tiles;
-        tile(mine, row, (t + 1) * p.m / tiles - row, panel, p.weight + panel * kWidth * p.k);
+        tile(mine, row, (t + 1) * p.m / tiles - row, panel, weight);
       }
     }
     for (size_t i = first; i < last; ++i) normalize(norm, i, scratch.data() + (i - first) * n);
@@ -1819,7 +1857,8 @@ ort::Status* look_up(const Kernel&, const Run& run) {
     const int64_t id = ids.as<int64_t>()[i];
     const size_t row = static_cast<size_t>(id < 0 ? id + count : id);
     const float scale = scales.as<float>()[row];
-    levels ? look_up_coded(table.coded, k, row, scale, out + i * k) : look_up_plain(table.weight, k, row, scale, out + i * k);
+    if (levels) return CHOOSE(look_up_coded512, look_up_coded_plain)(table.coded, k, row, scale, out + i * k);
+    look_up_plain(table.weight, k, row, scale, out + i * k);
   });
   return nullptr;
 }

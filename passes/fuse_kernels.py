@@ -71,6 +71,9 @@ class FuseKernels:
     before:  Add(MatMul(f, W) + b, r)                                              W float [K, N]: what no integers hold
     after:   FloatLinear(f, panels of W in bfloat16, b, gain, -, r; activation)    with the steps of a RowLinear around it
 
+    before:  Mul(Cast(a chain of integers that decodes rows ids of a table), Gather(scales, ids))
+    after:   LookUp(codes of the table, scales, ids, levels)                       and for a table that is a W, its codes
+
     where 16 numbers a column, or a step times 4 bits, is all that a weight has:
     after:   Linear(q, codes of W, sums of W, t, s, z, b, r, levels)               and so for every product above
 
@@ -100,9 +103,9 @@ class FuseKernels:
             else:
                 made.append(_linear(model, product, packed, kept))
         if made:
-            made += [
-                _float_linear(model, product, kept) for product in graph.nodes(model, "MatMul") if _is_float(product)
-            ]
+            floats = [product for product in graph.nodes(model, "MatMul") if _is_float(product)]
+            made += [_float_linear(model, product, kept) for product in floats]
+            made += _tables(model)
         rewrites = [*attentions, *norms, *made]
         if rewrites:
             graph.require_opset(model, DOMAIN, VERSION)
@@ -180,21 +183,51 @@ def _scaled_rows(gather: ir.Node) -> _LookUp | None:
     return _LookUp(product.outputs[0], np.asarray(array, dtype=np.float32).reshape(-1), ids)
 
 
-def _decoded_look_ups(model: ir.Model, codes: npt.NDArray[np.int8]) -> list[_LookUp]:
-    """Every place where rows of a table are decoded that is a weight [K, N] too, stored once in codes of few bits."""
-    found = []
-    all_ids = np.arange(codes.shape[1])
+def _decoded_look_ups(model: ir.Model, outputs: int | None = None) -> Iterator[tuple[_LookUp, npt.NDArray[np.int8]]]:
+    """Every place where rows of a table of few bits are decoded as they are looked up, and that table [V, K].
+
+    Args:
+        model: the graph.
+        outputs: V, where only such a table is wanted.
+    """
     for gather in graph.nodes(model, "Gather"):
         place = _scaled_rows(gather)
         rank = None if place is None else graph.rank(place.ids)
-        if place is None or not rank or len(place.scales) != codes.shape[1]:
+        if place is None or not rank or outputs not in (None, len(place.scales)):
             continue
-        ids = all_ids.reshape([1] * (rank - 1) + [-1])
         cast = graph.producer(graph.other_input(graph.consumers(gather.outputs[0])[0], gather.outputs[0]), "Cast")
-        rows = evaluate(cast.inputs[0], {place.ids: ids}) if cast is not None else None
-        if rows is not None and rows.size == codes.size and np.array_equal(rows.reshape(codes.T.shape), codes.T):
-            found.append(place)
-    return found
+        if (
+            cast is None or graph.producer(cast.inputs[0], "Gather") is not None
+        ):  # int8 as it is: a row lies in one piece
+            continue
+        ids = np.arange(len(place.scales)).reshape([1] * (rank - 1) + [-1])
+        rows = evaluate(cast.inputs[0], {place.ids: ids})
+        if rows is not None and rows.dtype == np.int8 and rows.size % ids.size == 0:
+            yield place, np.asarray(rows, dtype=np.int8).reshape(ids.size, -1)
+
+
+def _tables(model: ir.Model) -> Iterator[Event]:
+    """Look tables of few bits up by one operator."""
+    for place, table in list(_decoded_look_ups(model)):
+        coded = coded_panels(np.ascontiguousarray(table.T))
+        made = place.rows.producer()
+        if coded is not None and made is not None:
+            name = made.name or "table"
+            panels = graph.add_initializer(model, f"{name}.panels", coded.codes)
+            levels = graph.add_initializer(model, f"{name}.levels", coded.levels)
+            yield Event(_looked_up(model, name, panels, levels, place), "LookUp, codes of 4 bits")
+
+
+def _looked_up(model: ir.Model, name: str, panels: ir.Value, levels: ir.Value | None, place: _LookUp) -> ir.Node:
+    """The operator that stands for the rows of a table."""
+    scales = graph.add_initializer(model, f"{name}.row_scales", place.scales)
+    inputs = [panels, scales, place.ids, *([levels] if levels is not None else [])]
+    rows = ir.node("LookUp", inputs, domain=DOMAIN, name=f"{name}.look_up")
+    made = place.rows.producer()
+    assert made is not None
+    graph.insert_after(made, [rows])
+    graph.stand_in(place.rows, rows.outputs[0])
+    return rows
 
 
 def _attentions(model: ir.Model) -> Iterator[Event]:
@@ -457,19 +490,15 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
 def _pack(model: ir.Model, name: str, weight: ir.Value) -> _Weight:
     """Panels and column sums of a weight; where it is looked up as a table too, that is done in the panels."""
     codes = np.asarray(weight_array(weight), dtype=np.int8)
-    places = _look_ups(weight) or _decoded_look_ups(model, codes)
+    places = _look_ups(weight) or [
+        place for place, table in _decoded_look_ups(model, codes.shape[1]) if np.array_equal(table, codes.T)
+    ]
     coded = coded_panels(codes)
     array = packed_panels(codes) if coded is None else coded.codes
     panels = graph.add_initializer(model, f"{name}.weight_panels", array)
     levels = None if coded is None else graph.add_initializer(model, f"{name}.weight_levels", coded.levels)
     for place in places:
-        scales = graph.add_initializer(model, f"{name}.row_scales", place.scales)
-        inputs = [panels, scales, place.ids, *([levels] if levels is not None else [])]
-        rows = ir.node("LookUp", inputs, domain=DOMAIN, name=f"{name}.look_up")
-        made = place.rows.producer()
-        assert made is not None
-        graph.insert_after(made, [rows])
-        graph.stand_in(place.rows, rows.outputs[0])
+        _looked_up(model, name, panels, levels, place)
     sums = graph.add_initializer(model, f"{name}.weight_sums", codes.sum(axis=0, dtype=np.int32))
     return _Weight(panels, sums, levels)
 

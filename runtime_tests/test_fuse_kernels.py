@@ -469,11 +469,12 @@ def test_a_table_of_few_bits_that_is_a_weight_too_is_looked_up_in_its_codes() ->
     after = text(f"{product}  v = scalefold.LookUp(CC, flat, ids, CL)", inputs, outputs)
     check_pass(FuseKernels(), before=text(table + rows, inputs, outputs), after=after, feeds=[feed])
     other = text(table + rows.replace("Gather(factors, ids)", "Gather(factors, back)"), inputs, outputs)
-    result = check_pass(FuseKernels(), before=other, feeds=[feed])  # rows of another table
-    assert [event.reason for event in result.rewrites] == ["Linear, codes of 4 bits"]
+    result = check_pass(FuseKernels(), before=other, feeds=[feed])  # rows of another table, which has its own codes
+    assert [event.reason for event in result.rewrites] == ["Linear, codes of 4 bits", "LookUp, codes of 4 bits"]
     model = parse(other)
     FuseKernels().run(model, Context())
-    assert not graph.nodes(model, "LookUp")
+    (linear,), (look_up,) = graph.nodes(model, "Linear"), graph.nodes(model, "LookUp")
+    assert linear.inputs[1] is not look_up.inputs[0]
 
 
 UNKNOWN_TABLE = "its weight is a table that is looked up in a way the library does not know, and stored once"
