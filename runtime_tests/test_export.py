@@ -142,7 +142,7 @@ def test_torch_has_the_settings_that_make_tracing_quicker() -> None:
 
 def test_settings_that_torch_does_not_have_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SimpleNamespace(known=1)
-    monkeypatch.setattr(export.importlib, "import_module", lambda name: settings)
+    monkeypatch.setitem(sys.modules, "settings", settings)
     monkeypatch.setattr(export, "TRACING", (("settings", "known", 2), ("settings", "unknown", 3)))
 
     export._trace_quickly()
