@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,6 +31,9 @@ from scalefold.compiler.walk import Walk
 
 COARSEST = 64
 """Most thresholds that are tried before the search closes in."""
+
+BEHIND = 1.5
+"""How many times the least loss on a quarter of the samples the loss of a threshold may be there to be tried on all."""
 
 MOST_COLUMNS = 4096
 """Most columns of a layer that a search looks at."""
@@ -233,8 +235,15 @@ class MigrateOutliers:
         largest = float(max(high.max(), -low.min()))
         lowest = max(LOWEST_THRESHOLD.get(use.producer.node.op_type, LOWEST_ELSEWHERE) for use in uses)
         thresholds = threshold_grid(largest, self.grid, lowest) if self.scale else np.array([largest], np.float32)
+        everything = range(len(masks))
+        first = -(-len(masks) // 4)
         loss = _loss(uses, masks, z, self)
-        best, least = search(lambda t, bound: loss(scales_for(t, low, high), bound), thresholds, self.stride)
+        best, least = search(
+            lambda t: loss(scales_for(t, low, high), everything[:first]),
+            lambda t: loss(scales_for(t, low, high), everything[first:]),
+            thresholds,
+            self.stride,
+        )
         return Plan(z, scales_for(thresholds[best], low, high), float(thresholds[best]), least)
 
     def _quantize(self, walk: Walk, site: Site, masks: Sequence[Array | None]) -> None:
@@ -295,23 +304,30 @@ def scales_for(threshold: float, low: Float, high: Float) -> Float:
     return np.maximum(1.0, np.maximum(high, -low) / divisor).astype(np.float32)
 
 
-def search(loss: Callable[[float, float], float], thresholds: Float, stride: int) -> tuple[int, float]:
+def search(
+    first: Callable[[float], float], rest: Callable[[float], float], thresholds: Float, stride: int
+) -> tuple[int, float]:
     """The index of the best threshold and its loss: every `stride`-th first, then on both sides of the best so far.
 
     On a tie the larger threshold wins, as in the authors' code. Values in the thousands make thousands of thresholds: a
     stride above 1 grows until it leaves at most `COARSEST`. Around the best it is halved until it is 1.
 
     Args:
-        loss: the loss of a threshold, given the least so far: it may be any greater number where it is above that.
+        first: the loss of a threshold on some of the samples.
+        rest: the loss on all others, which is added; not asked for where the threshold is `BEHIND` on the first.
         thresholds: all of them, from the largest down.
         stride: how many apart those are that are tried first.
     """
+    firsts: dict[int, float] = {}
     losses: dict[int, float] = {}
 
     def best_of(indices: Iterable[int]) -> int:
-        for index in indices:
-            if index not in losses:
-                losses[index] = loss(float(thresholds[index]), min(losses.values(), default=math.inf))
+        new = [index for index in indices if index not in firsts]
+        firsts.update({index: first(float(thresholds[index])) for index in new})
+        enough = min(firsts.values()) * BEHIND
+        losses.update(
+            {index: firsts[index] + rest(float(thresholds[index])) for index in new if firsts[index] <= enough}
+        )
         return min(losses, key=lambda index: (losses[index], index))
 
     last, step = len(thresholds), stride
@@ -326,8 +342,8 @@ def search(loss: Callable[[float, float], float], thresholds: Float, stride: int
 
 def _loss(
     uses: Sequence[Use], masks: Sequence[Array | None], z: Float, options: MigrateOutliers
-) -> Callable[[Float, float], float]:
-    """The squared error for given scales s, or inf above a bound; each use has a range of its own, as it will."""
+) -> Callable[[Float, Sequence[int]], float]:
+    """The squared error per token of all that scales s make on some of the samples; each use has a range of its own."""
     ranges = [channel_range(use.batches, masks) for use in uses]
     weights = {layer.weight: _some_columns(layer.weights(), use) for use in uses for layer in use.site.layers}
     shifts = {value: z @ weight for value, weight in weights.items()}
@@ -354,18 +370,16 @@ def _loss(
         x_codes = in_codes.run({"x": x, "z": z, "s": s, "largest": largest, **grid})["codes"]
         return lambda value: in_integers.run({"x": x_codes, **grid, **codes[value]})["y"]
 
-    def loss(s: Float, bound: float) -> float:
+    def loss(s: Float, samples: Sequence[int]) -> float:
         codes = {value: _coded(weight * s[:, None], shifts[value], options) for value, weight in weights.items()}
         total = 0.0
         for use, aims, (low, high) in zip(uses, targets, ranges, strict=True):
             bounds = float(((low - z) / s).min()), float(((high - z) / s).max())
             affine = schemes.activation_grid(*bounds, options.activation_bits)
-            for index, (x, aim, mask) in enumerate(zip(use.batches, aims, masks, strict=True)):
-                got = output(use, index, quantized(x, s, affine, codes))
-                error = rows_of(np.subtract(got, aim, out=got), mask)
+            for index in samples:
+                got = output(use, index, quantized(use.batches[index], s, affine, codes))
+                error = rows_of(np.subtract(got, aims[index], out=got), masks[index])
                 total += float(np.einsum("tc,tc->t", error, error).sum(dtype=np.float64))
-                if total / tokens > bound:  # no better, whatever the samples to come add
-                    return math.inf
         return total / tokens
 
     return loss

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -132,3 +133,18 @@ def test_one_slow_rule_of_the_exporters_optimizer_is_left_out_where_there_is_one
 def test_the_rule_that_is_left_out_is_one_that_the_optimizer_has() -> None:
     rewriter = pytest.importorskip("onnxscript.rewriter")
     assert export.SLOW_RULE in {rule.name for rule in rewriter._DEFAULT_REWRITE_RULES}
+
+
+def test_torch_has_the_settings_that_make_tracing_quicker() -> None:
+    for module, name, _ in export.TRACING:
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_settings_that_torch_does_not_have_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SimpleNamespace(known=1)
+    monkeypatch.setitem(sys.modules, "settings", settings)
+    monkeypatch.setattr(export, "TRACING", (("settings", "known", 2), ("settings", "unknown", 3)))
+
+    export._trace_quickly()
+
+    assert vars(settings) == {"known": 2}

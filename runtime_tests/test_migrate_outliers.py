@@ -15,7 +15,15 @@ from scalefold.compiler.schemes import Float, activation_grid
 from scalefold.compiler.testing import check_pass, context_on, parse
 from scalefold.passes import pipeline
 from scalefold.passes.insert_qdq import InsertQdq
-from scalefold.passes.migrate_outliers import CODES, MigrateOutliers, channel_range, scales_for, search, threshold_grid
+from scalefold.passes.migrate_outliers import (
+    BEHIND,
+    CODES,
+    MigrateOutliers,
+    channel_range,
+    scales_for,
+    search,
+    threshold_grid,
+)
 from scalefold.passes.name_layers import NameLayers
 from scalefold.passes.quantize_weights import QuantizeWeights
 
@@ -277,22 +285,34 @@ def test_thresholds_walk_down_from_the_largest_value(largest: float, end: float,
     assert (np.diff(thresholds) < 0).all()
 
 
+def nothing(t: float) -> float:
+    """The loss on the rest of the samples where there is no rest."""
+    return 0.0
+
+
 def test_of_equal_losses_the_larger_threshold_wins() -> None:
-    assert search(lambda t, bound: 1.0, floats([4, 3, 2, 1]), stride=1) == (0, 1.0)
-    assert search(lambda t, bound: abs(t - 2.5), floats([4, 3, 2, 1]), stride=1) == (1, 0.5)
+    assert search(lambda t: 1.0, nothing, floats([4, 3, 2, 1]), stride=1) == (0, 1.0)
+    assert search(lambda t: abs(t - 2.5), nothing, floats([4, 3, 2, 1]), stride=1) == (1, 0.5)
 
 
 @pytest.mark.parametrize("stride", [1, 8])
-def test_a_loss_that_gives_up_above_the_least_so_far_leads_to_the_same_threshold(stride: int) -> None:
-    thresholds, losses = np.arange(100, 0, -1, dtype=np.float32), np.random.default_rng(3).integers(5, 50, 101)
-    gave_up = []
+def test_thresholds_far_behind_on_the_first_samples_are_not_tried_on_the_rest(stride: int) -> None:
+    thresholds, losses = np.arange(100, 0, -1, dtype=np.float32), np.random.default_rng(3).uniform(1, 4, 101)
+    tried: list[int] = []
 
-    def loss(t: float, bound: float) -> float:
-        gave_up.append(losses[int(t)] > bound)
-        return np.inf if gave_up[-1] else float(losses[int(t)])
+    def rest(t: float) -> float:
+        tried.append(int(t))
+        return 3 * float(losses[int(t)])
 
-    assert search(loss, thresholds, stride) == search(lambda t, bound: float(losses[int(t)]), thresholds, stride)
-    assert any(gave_up)
+    found = search(lambda t: float(losses[int(t)]), rest, thresholds, stride)
+    assert found == search(lambda t: 4 * float(losses[int(t)]), nothing, thresholds, stride)
+    assert len(tried) == len(set(tried)) < len(thresholds) / 2
+    assert max(losses[tried]) <= BEHIND * min(losses[thresholds[::stride].astype(int)])
+
+
+def test_the_rest_of_the_samples_decides_among_those_close_on_the_first() -> None:
+    firsts, rests = {4.0: 1.0, 3.0: 1.2, 2.0: 1.4, 1.0: 9.0}, {4.0: 5.0, 3.0: 4.0, 2.0: 3.0, 1.0: 0.0}
+    assert search(firsts.__getitem__, rests.__getitem__, floats([4, 3, 2, 1]), stride=1) == (2, 4.4)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 200])
@@ -300,11 +320,11 @@ def test_a_coarse_search_finds_the_bottom_of_a_valley_with_fewer_tries(stride: i
     thresholds = np.linspace(100, 1, 100, dtype=np.float32)
     tried: list[float] = []
 
-    def loss(t: float, bound: float) -> float:
+    def loss(t: float) -> float:
         tried.append(t)
         return (t - 42.0) ** 2 if stride < 100 else (t - 92.0) ** 2
 
-    assert thresholds[search(loss, thresholds, stride)[0]] == (42.0 if stride < 100 else 92.0)
+    assert thresholds[search(loss, nothing, thresholds, stride)[0]] == (42.0 if stride < 100 else 92.0)
     assert len(tried) == len(set(tried))
     assert stride == 1 or stride >= 100 or len(tried) < 55
 
@@ -561,11 +581,11 @@ def test_values_in_the_thousands_are_searched_in_a_few_hundred_steps() -> None:
     thresholds = threshold_grid(4000.0, 100, 0.1)
     tried: list[float] = []
 
-    def loss(t: float, bound: float) -> float:
+    def loss(t: float) -> float:
         tried.append(t)
         return abs(t - 7.3)
 
-    index, least = search(loss, thresholds, 8)
+    index, least = search(loss, nothing, thresholds, 8)
     assert least == min(abs(float(t) - 7.3) for t in thresholds)
     assert thresholds[index] == pytest.approx(7.3, abs=0.5)
     assert len(thresholds) == 8000
