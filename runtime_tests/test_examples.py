@@ -556,7 +556,9 @@ def test_the_server_refuses_in_one_sentence(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_load_test_runs_every_contender(minilm: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_the_load_test_runs_every_contender(
+    minilm: Path, gpt2: Path, tmp_path: Path, example: Callable[[str], ModuleType]
+) -> None:
     for model, folder in (("minilm", minilm), ("gpt2-tiny", gpt2)):
         for name in ("float", "scalefold"):  # that the float one is float matters to the figures alone
             shutil.copytree(folder, tmp_path / model / name)
@@ -566,7 +568,7 @@ def test_the_load_test_runs_every_contender(minilm: Path, gpt2: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     counts = {path: {name: len(entry["seconds"]) for name, entry in found.items()} for path, found in record.items()}
-    wanted = dict.fromkeys(("float", "quantize_dynamic", "scalefold"), 4)
+    wanted = dict.fromkeys(example("load_test").chosen(), 4)
     assert counts == {"/embed": wanted, "/generate": wanted}
 
 

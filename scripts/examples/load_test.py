@@ -1,5 +1,7 @@
 """Load `server.py` on loopback: requests a second and 99th percentile of float, `quantize_dynamic` and scalefold.
 
+Where the processor has AVX512-VNNI, scalefold's folders after `scalefold fuse` too.
+
     load_test.py                            MiniLM and SmolLM2; about 15 minutes, most of them to export and compile
     load_test.py --decoder gpt2-tiny --requests 20 --rounds 1         a first look
 
@@ -30,13 +32,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scalefold.compiler import compile_model
+from scalefold.compiler import compile_model, fuse_folder
 from scalefold.compiler.calibrate import default_texts
 from scalefold.compiler.export import export_model
+from scalefold.compiler.kernel_library import is_fast, library
 
 RUN = Path(__file__).with_name("run.py")
 READY_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 180, 120, 5
-CONTENDERS = ("float", "quantize_dynamic", "scalefold")
+CONTENDERS = ("float", "quantize_dynamic", "scalefold", "fused")
 TEXTS, PROMPT_WORDS, NEW_TOKENS = 8, 32, 32
 
 
@@ -140,6 +143,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 # The contenders' folders ---------------------------------------------------------------------------------------------
 
 
+def chosen() -> tuple[str, ...]:
+    """The contenders that this machine has a use for."""
+    return CONTENDERS if is_fast(library()) else CONTENDERS[:-1]
+
+
 def folders(model: str, work: Path, exported: Path | None = None) -> dict[str, Path]:
     """The folder of each contender for a model, made where `work` has none.
 
@@ -148,7 +156,7 @@ def folders(model: str, work: Path, exported: Path | None = None) -> dict[str, P
         work: keeps them.
         exported: a float export to start from instead.
     """
-    made = {name: work / model / name for name in CONTENDERS}
+    made = {name: work / model / name for name in chosen()}
     if not made["float"].is_dir():
         partial = made["float"].with_name("partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -162,6 +170,8 @@ def folders(model: str, work: Path, exported: Path | None = None) -> dict[str, P
         _quantize_dynamic(made["float"], made["quantize_dynamic"])
     if not made["scalefold"].is_dir():
         compile_model(made["float"] / "model.onnx", made["scalefold"])
+    if "fused" in made and not made["fused"].is_dir():
+        fuse_folder(made["scalefold"], made["fused"])
     return made
 
 
@@ -193,7 +203,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Endp
     encoders = folders("minilm", work)
     decoders = folders(options.decoder, work, options.exported)
     found: dict[str, dict[str, Endpoint]] = {
-        path: {name: Endpoint(path, body) for name in CONTENDERS} for path, body in bodies().items()
+        path: {name: Endpoint(path, body) for name in encoders} for path, body in bodies().items()
     }
     with ExitStack() as stack:
         ports = {
@@ -202,13 +212,13 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Endp
                     "--embed", str(encoders[name]), "--generate", str(decoders[name]), "--threads", str(options.threads)
                 )
             )
-            for name in CONTENDERS
+            for name in encoders
         }
         for path, body in bodies().items():
-            for name in CONTENDERS:
+            for name in encoders:
                 Endpoint(path, body).turn(ports[name], options.clients, options.clients)
             for _ in range(options.rounds):
-                for name in CONTENDERS:
+                for name in encoders:
                     found[path][name].turn(ports[name], options.requests, options.clients)
     return found
 
