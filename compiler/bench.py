@@ -26,14 +26,16 @@ from scalefold.compiler.ceilings import Ceilings
 from scalefold.compiler.decoder import cache_pairs, decoder_of
 from scalefold.compiler.errors import SourceError
 from scalefold.compiler.intake import read_onnx
+from scalefold.compiler.kernel_library import FLOAT_PRODUCT, PANEL, PRODUCTS, input_channels
 from scalefold.compiler.node_timing import NodeTime, Operand, node_times
 from scalefold.compiler.report import kind_of
 from scalefold.compiler.runtime import Feed, Session
 
 VOCABULARY = 100
 """Token ids are drawn below it where the config does not state a vocabulary."""
-BYTES = {"float": 4, "float16": 2, "double": 8, "int64": 8, "int32": 4}
+BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "double": 8, "int64": 8, "int32": 4}
 ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+OWN = PRODUCTS | {FLOAT_PRODUCT}
 PICKING = frozenset({"Gather", "GatherND", "GatherElements", "GatherBlockQuantized", "Slice", "Split", "Expand"})
 """They read no more of their input than they write."""
 
@@ -270,8 +272,11 @@ def work_of(entry: NodeTime, bits: float | None = None) -> Work:
     if entry.kernel in verify.LINEAR_OPS and x and y:
         integer = entry.kernel in verify.INTEGER_KERNELS
         k, n, rows = x[-1], y[-1], math.prod(y[:-1])
-        streams = _reads_constant(entry, k, n)
-        width = (bits or (8 if integer else 32)) / 8
+        streams, width = _reads_constant(entry, k, n), (bits or (8 if integer else 32)) / 8
+        if entry.kernel in OWN and len(entry.inputs) > 1:
+            panels = entry.inputs[1].shape  # rows that are gated are twice as wide as what is multiplied
+            k, streams = input_channels(panels), True
+            width = math.prod(panels) * BYTES.get(entry.inputs[1].dtype, 1) / (panels[0] * PANEL * k)
         weight = k * n * width if streams else 0.0
         moved = _bytes(entry.inputs[:1]) + written if streams else read + written
         return Work(2.0 * rows * k * n, integer, weight, moved, f"{rows} x {k} x {n}")

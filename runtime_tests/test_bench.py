@@ -56,6 +56,19 @@ def test_a_product_with_a_constant_streams_its_weight_and_one_with_an_activation
     assert work_of(blocks, bits=5).weight_bytes == 64 * 32 * 5 / 8
 
 
+def test_a_product_of_the_library_streams_its_panels() -> None:
+    for kernel, panels, width in (
+        ("RowLinear", Operand("int8", (2, 24, 64, 4)), 1),
+        ("RowLinear", Operand("int8", (2, 3, 16, 64)), 0.5),
+        ("FloatLinear", Operand("bfloat16", (2, 48, 64, 2)), 2),
+    ):
+        gated = NodeTime("a", kernel, 1.0, (floats(1, 5, 192), panels, floats(100)), (floats(1, 5, 100),))
+        work = work_of(gated)
+        assert (work.size, work.operations) == ("5 x 96 x 100", 2 * 5 * 96 * 100)
+        assert work.weight_bytes == 96 * 100 * width
+        assert work.integer == (kernel == "RowLinear")
+
+
 def test_attention_counts_every_position_and_a_gather_only_what_it_takes() -> None:
     query, key = floats(1, 2, 8), floats(1, 2, 8)
     cache = floats(1, 4, 66, 2)
