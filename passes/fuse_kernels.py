@@ -193,7 +193,7 @@ def _decoded_look_ups(model: ir.Model, outputs: int | None = None) -> Iterator[t
     for gather in graph.nodes(model, "Gather"):
         place = _scaled_rows(gather)
         rank = None if place is None else graph.rank(place.ids)
-        if place is None or not rank or outputs not in (None, len(place.scales)):
+        if place is None or not rank or outputs not in (None, len(place.scales)) or not _is_read(place.rows):
             continue
         cast = graph.producer(graph.other_input(graph.consumers(gather.outputs[0])[0], gather.outputs[0]), "Cast")
         if (
@@ -202,8 +202,12 @@ def _decoded_look_ups(model: ir.Model, outputs: int | None = None) -> Iterator[t
             continue
         ids = np.arange(len(place.scales)).reshape([1] * (rank - 1) + [-1])
         rows = evaluate(cast.inputs[0], {place.ids: ids})
-        if rows is not None and rows.dtype == np.int8 and rows.size % ids.size == 0:
+        if rows is not None and rows.dtype == np.int8 and rows.shape[:-1] == ids.shape:
             yield place, np.asarray(rows, dtype=np.int8).reshape(ids.size, -1)
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(graph.consumers(value)) or value.is_graph_output()
 
 
 def _tables(model: ir.Model) -> Iterator[Event]:
@@ -412,6 +416,8 @@ def _float_input(product: ir.Node) -> _FloatInput | None:
     restore, found = restored_rows(product), row_range(quantize)
     if [graph.scalar(value) for value in quantize.inputs[1:3]] != [graph.scalar(product.inputs[i]) for i in (2, 4)]:
         return None
+    if restore is not None and len(product.inputs) > 6 and product.inputs[6] is not None:
+        return None  # its bias is multiplied by the range of a row
     if restore is None or found is None:
         x = quantize.inputs[0]
         return _FloatInput(x, frozenset([quantize]), tuple(quantize.inputs[1:3]), product.outputs[0]) if x else None
@@ -462,7 +468,8 @@ def _linear(model: ir.Model, product: ir.Node, packed: _Packed, kept: ir.Value |
     follower = graph.only_consumer(out)
     ends_in_codes = follower is not None and follower.op_type == "QuantizeLinear" and _is_per_tensor(follower)
     to_attention = follower is not None and follower.op_type == "AttentionUint8"
-    if source is not None and not ends_in_codes and not to_attention:
+    by_row = source is not None and source.parameters[0] is None  # only a RowLinear gives rows their range again
+    if source is not None and (by_row or not (ends_in_codes or to_attention)):
         constants = [stored.panels, stored.sums, scales, biases, *source.parameters]
         return _row_linear("RowLinear", product, source, constants, stored.levels, attributes, words, out, kept)
     inputs = [product.inputs[0], stored.panels, stored.sums, scales, product.inputs[2], product.inputs[4], biases]
@@ -513,7 +520,8 @@ def _residual(out: ir.Value) -> ir.Value | None:
 def _biased(out: ir.Value, bias: Vector) -> tuple[Vector, ir.Value]:
     """A bias with what else is added to each column, and the value behind that."""
     add = graph.only_consumer(out, "Add")
-    offset = _vector(graph.other_input(add, out), bias.size) if add is not None else None
+    other = graph.other_input(add, out) if add is not None else None
+    offset = _vector(other, bias.size) if (graph.rank(other) or 0) <= (graph.rank(out) or 1) else None
     return (bias, out) if add is None or offset is None else (bias + offset, add.outputs[0])
 
 

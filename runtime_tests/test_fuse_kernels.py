@@ -386,6 +386,27 @@ def test_rows_with_a_range_of_their_own() -> None:
     assert [event.reason for event in result.rewrites] == ["RowLinear, relu"]
 
 
+@pytest.mark.parametrize("function", ["e = Relu(x)", "e = Add(x, r)", "e = Identity(x)"])
+def test_rows_with_a_range_of_their_own_before_codes(function: str) -> None:
+    inputs = f"{F}, {R}" if "r)" in function else F
+    body = PER_ROW + f"x = Add(restored, b)  {function}  c = QuantizeLinear(e, u, o)  y = DequantizeLinear(c, u, o)"
+    result = check_pass(FuseKernels(), before=text(body, inputs), feeds=feeds("f r" if "r)" in function else "f"))
+    assert [event.node.op_type for event in result.rewrites] == ["RowLinear"]
+
+
+def test_a_bias_that_the_range_of_a_row_multiplies_stays() -> None:
+    body = PER_ROW.replace("full, t, nil)", "full, t, nil, , b)") + "y = Relu(restored)"
+    result = check_pass(FuseKernels(), before=text(body, F), feeds=feeds("f"))
+    assert [event.node.op_type for event in result.rewrites] == ["Linear"]
+
+
+def test_a_bias_of_more_axes_stays() -> None:
+    CONSTANTS["deep"] = np.linspace(-1, 1, N, dtype=np.float32)[None, None, None]
+    body = QUANTIZED + P.replace(", , b)", ")") + "y = Add(p, deep)"
+    result = check_pass(FuseKernels(), before=text(body, F, f"float[1, b, s, {N}] y"), feeds=feeds("f"))
+    assert [event.reason for event in result.rewrites] == ["RowLinear"]
+
+
 def test_codes_by_another_step_than_the_product_reads_them_by_stay() -> None:
     result = check_pass(
         FuseKernels(), before=text(f"q = QuantizeLinear(f, u, z)  {P.replace('p =', 'y =')}", F), feeds=feeds("f")
