@@ -18,9 +18,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime
 
 from scalefold.compiler.errors import SourceError
@@ -78,7 +78,7 @@ def packed_pairs(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """A float weight [K, N] as FloatLinear reads it: bfloat16 [ceil(N / 64), K / 2, 64, 2], filled up with columns of 0."""
     k, n = weight.shape
     filled = np.pad(weight, ((0, 0), (0, -n % PANEL))).reshape(k // 2, 2, -1, PANEL)
-    return np.ascontiguousarray(filled.transpose(2, 0, 3, 1)).astype(ml_dtypes.bfloat16)
+    return np.ascontiguousarray(filled.transpose(2, 0, 3, 1)).astype(ir.DataType.BFLOAT16.numpy())
 
 
 def input_channels(panels: Sequence[int]) -> int:
@@ -94,8 +94,7 @@ def unpacked_panels(panels: npt.NDArray[np.int8], columns: int) -> npt.NDArray[n
 
 def to_bfloat(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Floats rounded to bfloat16, to the even one in the middle."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return values.astype(ir.DataType.BFLOAT16.numpy()).astype(np.float32)
 
 
 def library() -> Path:

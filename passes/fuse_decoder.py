@@ -65,8 +65,7 @@ def _attentions(model: ir.Model, declined: list[Event]) -> Iterator[Event]:
         angles = list(rotary.inputs[1:3]) if rotary is not None else []
         attributes = {"heads": heads, "groups": groups, "scale": _scale(attention, _sizes(split)[0] // heads)}
         inputs, outputs = [split.inputs[0], *past, mask, *angles], list(attention.outputs[:3])
-        fronts = [_front(value, out) for value, out in zip(past, outputs[1:], strict=True)]
-        keys, values = fronts
+        keys, values = (_front(value, out) for value, out in zip(past, outputs[1:], strict=True))
         if keys is not None and values is not None and keys.rows.shape == values.rows.shape:
             inputs[1:3], outputs[1:] = [keys.past, values.past], [keys.present, values.present]
             inputs += [None] * (6 - len(inputs))
@@ -91,14 +90,13 @@ class _Front:
 def _front(whole: ir.Value | None, grown: ir.Value) -> _Front | None:
     """The rows that bake-prefix joins to a cache and cuts from what attention gives back; None where it is not so."""
     join, cut = graph.producer(whole, "Concat"), graph.only_consumer(grown, "Slice")
-    if join is None or cut is None or whole is None or graph.only_consumer(whole) is None or len(cut.inputs) > 4:
+    if join is None or cut is None or whole is None or graph.only_consumer(whole) is None or len(cut.inputs) != 4:
         return None
     rows, past = _same_for_all(join.inputs[0]), join.inputs[1]
-    bounds = [graph.constant(value) for value in cut.inputs[1:]]
     if rows is None or past is None or len(join.inputs) != 2 or graph.attribute(join, "axis", 0) != 2:
         return None
-    starts, ends, axes = ([] if entry is None else entry.tolist() for entry in [*bounds, *[None] * (3 - len(bounds))])
-    if starts != [rows.shape[2]] or axes != [2] or len(ends) != 1 or ends[0] < np.iinfo(np.int32).max:
+    start, end, axis = map(graph.scalar, cut.inputs[1:])
+    if start != rows.shape[2] or axis != 2 or end is None or end < np.iinfo(np.int32).max:
         return None
     return _Front(rows, past, cut.outputs[0])
 

@@ -171,11 +171,8 @@ def _look_up(gather: ir.Node) -> _LookUp | None:
 
 def _scaled_rows(gather: ir.Node) -> _LookUp | None:
     """Rows of a table of codes, from the Gather of their scales."""
-    array, ids, product = (
-        graph.constant(gather.inputs[0]),
-        gather.inputs[1],
-        graph.only_consumer(gather.outputs[0], "Mul"),
-    )
+    array, ids = graph.constant(gather.inputs[0]), gather.inputs[1]
+    product = graph.only_consumer(gather.outputs[0], "Mul")
     if array is None or array.shape[1:] != (1,) or graph.attribute(gather, "axis", 0) != 0:
         return None
     if product is None or ids is None or ids.dtype != ir.DataType.INT64:
@@ -196,9 +193,8 @@ def _decoded_look_ups(model: ir.Model, outputs: int | None = None) -> Iterator[t
         if place is None or not rank or outputs not in (None, len(place.scales)) or not _is_read(place.rows):
             continue
         cast = graph.producer(graph.other_input(graph.consumers(gather.outputs[0])[0], gather.outputs[0]), "Cast")
-        if (
-            cast is None or graph.producer(cast.inputs[0], "Gather") is not None
-        ):  # int8 as it is: a row lies in one piece
+        # int8 that is looked up as it is stays so: a row lies in one piece
+        if cast is None or graph.producer(cast.inputs[0], "Gather") is not None:
             continue
         ids = np.arange(len(place.scales)).reshape([1] * (rank - 1) + [-1])
         rows = evaluate(cast.inputs[0], {place.ids: ids})
